@@ -1,0 +1,54 @@
+"""How many key tiles each query tile keeps: the equal-cost budget.
+
+A shape that pads more needs more tiles for the same grid; it must not buy more work with them. So
+the number of tiles kept per query tile is density * n_ideal^2 / n, n_ideal being the tiles of a
+grid that needs no padding (method section 3, "selection rules that mattered").
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from .layout import Layout
+from .plan import TileShape, count_tiles, ideal_tiles
+
+_FRACTION_DECIMALS = 12  # so that 0.1 * 30 is 3 tiles and not 2.9999999999999996
+
+
+@lru_cache(maxsize=1024)
+def tiles_to_keep(layout: Layout, shape: TileShape, density: float) -> torch.Tensor:
+    """(n, V) int32 on CPU: tiles query tile r keeps in each of the V video segments.
+
+    Every key segment has a budget of its own. The fractional part is spread evenly over the query
+    tiles of a segment by their number r: one more where floor((r+1) f) > floor(r f). At least one
+    tile, at most all of them; density 1.0 keeps all. Cached, treat it as read-only.
+    """
+    videos = [video for _, video in layout.videos]
+    size = math.prod(shape)
+    counts = [count_tiles(video.grid, shape) for video in videos]
+    blocks = []
+    for q_video, q_tiles in zip(videos, counts, strict=True):
+        columns = []
+        for k_video, k_tiles in zip(videos, counts, strict=True):
+            if density >= 1.0:
+                columns.append([k_tiles] * q_tiles)
+                continue
+            share = density * ideal_tiles(q_video, size) * ideal_tiles(k_video, size) / q_tiles
+            whole = math.floor(round(share, _FRACTION_DECIMALS))
+            fraction = round(share - whole, _FRACTION_DECIMALS)
+            kept = [
+                whole + (math.floor((r + 1) * fraction) > math.floor(r * fraction))
+                for r in range(q_tiles)
+            ]
+            columns.append([min(max(k, 1), k_tiles) for k in kept])
+        blocks.append(torch.tensor(columns, dtype=torch.int32).T)
+    return torch.cat(blocks).contiguous()
+
+
+def kept_density(layout: Layout, shape: TileShape, density: float) -> float:
+    """The share of tile pairs that `tiles_to_keep` really keeps, over all video segments."""
+    keep = tiles_to_keep(layout, shape, density)
+    return float(keep.sum()) / keep.shape[0] ** 2

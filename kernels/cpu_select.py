@@ -1,0 +1,170 @@
+"""Selection by the compiled CPU kernels: the Python side of cpu_select.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .budget import tiles_to_keep
+from .call import AttentionCall, Selection
+from .cpu_build import DTYPES, TensorView, load_library
+from .scores import key_features, query_features, tile_scores
+from .statistics import TileStatistics
+from .tiles import TileTable, tile_table
+
+
+class _Statistics(ctypes.Structure):
+    """`Statistics` of the C++ source, field by field."""
+
+    _fields_ = [
+        ("x", TensorView),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "valid", "rows", "heads", "count", "mean", "second", "variance", "highest",
+                "lowest",
+            )
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "dtype", "batches", "head_count", "tokens", "head_dim", "tiles", "tile_size",
+                "threads",
+            )
+        ),
+    ]  # fmt: skip
+
+
+class _Choice(ctypes.Structure):
+    """`Choice` of the C++ source, field by field."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("scores", "budgets", "starts", "heads", "indices", "counts")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "batches", "head_count", "tiles", "segments", "all_heads", "list_rows",
+                "list_width", "threads",
+            )
+        ),
+    ]  # fmt: skip
+
+
+def native_select(call: AttentionCall) -> Selection:
+    """`select_tiles`, compiled. Raises BuildError where the kernels cannot be built."""
+    batch, heads = call.q.shape[:2]
+    groups = call.plan.groups()
+    tables = {shape: tile_table(call.layout, shape, call.q.device) for shape in groups}
+    budgets = {
+        shape: torch.stack(
+            [tiles_to_keep(call.layout, shape, call.plan.density[head]) for head in members]
+        )
+        for shape, members in groups.items()
+    }
+    rows = max(table.tiles for table in tables.values())
+    width = max(int(budget.sum(-1).max()) for budget in budgets.values())
+    indices = torch.empty(batch, heads, rows, width, dtype=torch.int32)
+    counts = torch.zeros(batch, heads, rows, dtype=torch.int32)
+    for shape, members in groups.items():
+        scores = _scores(call, tables[shape], members)
+        _choose(scores, budgets[shape], tables[shape], members, Selection(indices, counts))
+    return Selection(indices, counts)
+
+
+def native_statistics(
+    x: torch.Tensor,
+    heads: list[int],
+    table: TileTable,
+    valid: torch.Tensor | None,
+    extremes: bool,
+) -> TileStatistics:
+    """`tile_statistics` of the heads `heads` of x (B, H, N, D), h of them, compiled."""
+    batch, _, tokens, head_dim = x.shape
+    tiles, size = table.rows.shape
+    count = torch.empty(batch, len(heads), tiles)
+    moments = torch.empty(5 if extremes else 3, batch, len(heads), tiles, head_dim)
+    head_numbers = torch.tensor(heads)
+    counted = None if valid is None else valid.contiguous()
+    job = _Statistics(
+        TensorView.of(x),
+        None if counted is None else counted.data_ptr(),
+        table.rows.data_ptr(),
+        head_numbers.data_ptr(),
+        count.data_ptr(),
+        *(moment.data_ptr() for moment in moments),
+        *(() if extremes else (None, None)),
+        DTYPES[x.dtype],
+        batch,
+        len(heads),
+        tokens,
+        head_dim,
+        tiles,
+        size,
+        torch.get_num_threads(),
+    )
+    load_library().veda_statistics(ctypes.byref(job))
+    mean, second, variance = moments[:3]
+    highest, lowest = (moments[3], moments[4]) if extremes else (None, None)
+    return TileStatistics(count[:, :1], mean, second, variance, highest, lowest)
+
+
+def _scores(call: AttentionCall, table: TileTable, heads: list[int]) -> torch.Tensor:
+    """(B, h, n, n) float32."""
+    extremes = call.plan.score == "projection"
+    q_stats = native_statistics(call.q, heads, table, None, extremes)
+    kv_heads = [head // call.kv_repeat for head in heads]
+    distinct = sorted(set(kv_heads))
+    k_stats = native_statistics(call.k, distinct, table, call.key_valid, extremes)
+    if distinct != kv_heads:  # query heads that share KV heads share their statistics
+        k_stats = _of_heads(k_stats, [distinct.index(head) for head in kv_heads])
+    return tile_scores(
+        query_features(q_stats, call.plan, heads, call.scale),
+        key_features(k_stats, call.plan, heads),
+        k_stats.count,
+        call.plan,
+    )
+
+
+def _of_heads(stats: TileStatistics, heads: list[int]) -> TileStatistics:
+    return TileStatistics(
+        stats.count,
+        stats.mean[:, heads],
+        stats.second[:, heads],
+        stats.variance[:, heads],
+        None if stats.highest is None else stats.highest[:, heads],
+        None if stats.lowest is None else stats.lowest[:, heads],
+    )
+
+
+def _choose(
+    scores: torch.Tensor,
+    budgets: torch.Tensor,
+    table: TileTable,
+    heads: list[int],
+    selection: Selection,
+) -> None:
+    """Write the lists of one group of heads into `selection`."""
+    scores, budgets = scores.contiguous(), budgets.contiguous()
+    starts, head_numbers = torch.tensor(table.starts), torch.tensor(heads)
+    batch, all_heads, rows, width = selection.indices.shape
+    job = _Choice(
+        scores.data_ptr(),
+        budgets.data_ptr(),
+        starts.data_ptr(),
+        head_numbers.data_ptr(),
+        selection.indices.data_ptr(),
+        selection.counts.data_ptr(),
+        batch,
+        len(heads),
+        table.tiles,
+        len(table.starts) - 1,
+        all_heads,
+        rows,
+        width,
+        torch.get_num_threads(),
+    )
+    load_library().veda_choose(ctypes.byref(job))

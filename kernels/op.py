@@ -1,0 +1,97 @@
+"""The op contract: `veda::sparse_attention_v1`, what rewritten graphs call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .call import AttentionCall, empty_output
+from .errors import LayoutError
+from .executors import Traits, choose_executor
+from .layout import INTS_PER_SEGMENT, Layout
+from .plan import Plan
+
+OP_NAME = "veda::sparse_attention_v1"
+"""The version is part of the name: caches key on it, and a changed contract needs a new one."""
+
+
+_REST = -1
+
+
+@torch.library.custom_op(OP_NAME, mutates_args=())
+def sparse_attention_v1(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_valid: torch.Tensor | None,
+    layout: Sequence[int],
+    grids: torch.Tensor | None,
+    tile_shapes: torch.Tensor,
+    density: torch.Tensor,
+    projection: torch.Tensor | None,
+    score: str,
+    scale: float | None,
+    executor: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tile-sparse softmax attention.
+
+    q: (B, H, N, D); k, v: (B, Hkv, N, D); key_valid: (B, N) bool or None.
+    layout: `Layout.encode()`, sizes may be symbolic. One extra segment may have the length -1: it
+        takes the tokens the others leave.
+    grids: (V, 3) int64 on CPU, the grids of the layout's V video segments where the graph cannot
+        know them (they replace the layout's), or None.
+    tile_shapes: (H, 3) int32 and density: (H,) float64, both on CPU so that reading them is no
+        device synchronisation. projection: see `Plan`. scale: None is 1/sqrt(D).
+    Returns out (B, H, N, D), stored as (B, N, H, D), and the natural-log LSE (B, H, N) float32.
+    Raises LayoutError, PlanError or ExecutorError.
+    """
+    segments = _completed(list(layout), grids, q.shape[2])
+    plan = Plan(
+        tuple(tuple(shape) for shape in tile_shapes.tolist()),
+        tuple(density.tolist()),
+        score,
+        projection,
+    )
+    call = AttentionCall(
+        q,
+        k,
+        v,
+        Layout.decode(segments),
+        plan,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        key_valid,
+    )
+    traits = Traits(q.device.type, q.dtype, q.shape[-1], plan.tile_size)
+    chosen = choose_executor(executor, traits)
+    return chosen.attend(call, chosen.select(call))
+
+
+@sparse_attention_v1.register_fake
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, key_valid, layout, grids, tile_shapes, density, projection, score, scale, executor
+):
+    return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _completed(segments: list[int], grids: torch.Tensor | None, tokens: int) -> list[int]:
+    """The encoded layout with grids told per call, and "the rest", filled in."""
+    starts = [i for i in range(0, len(segments), INTS_PER_SEGMENT) if segments[i] == 1]
+    if grids is not None:
+        if grids.shape != (len(starts), 3):
+            raise LayoutError(
+                f"{tuple(grids.shape)} grid table for {len(starts)} video segments: must be (V, 3)"
+            )
+        for start, grid in zip(starts, grids.tolist(), strict=True):
+            segments[start + 1 : start + INTS_PER_SEGMENT] = grid
+    rest = [i for i in range(1, len(segments), INTS_PER_SEGMENT) if segments[i] == _REST]
+    if len(rest) > 1:
+        raise LayoutError(f"{len(rest)} segments take the rest of the sequence: at most one can")
+    for place in rest:
+        firsts = range(0, len(segments), INTS_PER_SEGMENT)
+        known = sum(math.prod(segments[i + 1 : i + 4]) for i in firsts if i + 1 != place)
+        segments[place] = tokens - known
+        if segments[place] == 0:
+            del segments[place - 1 : place + INTS_PER_SEGMENT - 1]
+    return segments

@@ -1,0 +1,153 @@
+"""Analysis: everything the passes find out about a graph, without changing it.
+
+Order: sites -> provenance -> token map -> layout -> mask -> sizes -> layer -> verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .attention_ops import registered_names
+from .compute import attention
+from .grid_sizes import LayoutSizes, find_sizes
+from .layers import Layer, find_layer
+from .layout import Evidence, SiteLayout, find_layout
+from .masks import KeyValidity, key_validity
+from .provenance import Provenance
+from .reasons import Reason, Refusal
+from .sites import Operand, Site, find_sites
+from .sizes import Size, example_tensor, hint
+from .token_map import token_map
+from .verdict import Dimensions, Policy, judge_call, judge_identity, judge_layer
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """One attention call and its verdict: `refusal` is None where it is to be rewritten.
+
+    sizes: the layout in the graph's own sizes, None where the grid is told per call.
+    """
+
+    site: Site
+    layer: Layer
+    dims: Dimensions | None
+    layout: SiteLayout | None
+    sizes: LayoutSizes | None
+    mask: KeyValidity | None
+    refusal: Refusal | None
+
+
+def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> list[Finding]:
+    """Findings for every attention call of a Dynamo graph, in execution order.
+
+    inputs: the backend's example inputs, one per placeholder.
+    """
+    sites = list(find_sites(gm))
+    if not sites:
+        return []
+    names = {name.split("::")[-1]: attention for name in registered_names()}
+    provenance = Provenance(gm, inputs, {**names, **dict.fromkeys(registered_names(), attention)})
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = dict(zip(placeholders, inputs, strict=True))
+    findings: list[Finding] = []
+    videos = 0
+    for site in sites:
+        finding = _examine(gm, site, provenance, values, policy, videos)
+        videos += finding.layout is not None
+        findings.append(finding)
+    if any(finding.layout is not None for finding in findings):
+        findings = [_not_video(finding) for finding in findings]
+    return findings
+
+
+def _examine(
+    gm: fx.GraphModule,
+    site: Site,
+    provenance: Provenance,
+    values: dict[fx.Node, object],
+    policy: Policy,
+    index: int,
+) -> Finding:
+    layer = Layer(None, ()) if site.calls else find_layer(gm, site.node)
+    dims = _dimensions(site)
+    operands = (site.q, site.k, site.v)
+    tracked = [provenance.codes_of(operand.node) for operand in operands]
+    q, k, v = tracked
+    tokens = None
+    if dims is not None and q is not None and k is not None and v is not None:
+        tokens = token_map(q, k, v, operands)
+    refusal = judge_identity(site, tokens, sorted(provenance.unknown))
+    if refusal is not None or tokens is None or dims is None:
+        return Finding(site, layer, dims, None, None, None, refusal)
+    layout = find_layout(tokens, provenance.sources, values, policy.grid)
+    mask = key_validity(site, _token_size(site.k))
+    refusal = judge_call(site, layout, mask, dims, policy)
+    if isinstance(layout, Refusal):
+        return Finding(site, layer, dims, None, None, None, refusal)
+    refusal = refusal or judge_layer(layer, index, dims, policy)
+    sizes = _sizes(site, layout, provenance)
+    if refusal is None and sizes is None and not _told_per_call(layout):
+        refusal = Refusal(Reason.UNPROVEN_SIZES)
+    validity = mask if isinstance(mask, KeyValidity) else None
+    return Finding(site, layer, dims, layout, sizes, validity, refusal)
+
+
+def _sizes(site: Site, layout: SiteLayout, provenance: Provenance) -> LayoutSizes | None:
+    """In-graph sizes, where the grid is a function of the graph's sizes."""
+    if layout.evidence is Evidence.VALUES:
+        return None
+    return find_sizes(layout, _token_size(site.q), provenance, site.owner.graph)
+
+
+def _told_per_call(layout: SiteLayout) -> bool:
+    """Whether the position input can tell the grid anew on every call."""
+    extras = len(layout.runs) - len(layout.videos)
+    return layout.position_input is not None and len(layout.videos) == 1 and extras <= 1
+
+
+def _token_size(operand: Operand) -> Size:
+    tensor = example_tensor(operand.node)
+    assert tensor is not None
+    return tensor.shape[operand.axes.index("n")]
+
+
+def _dimensions(site: Site) -> Dimensions | None:
+    """Hints of the site's sizes; None if an operand is not one tensor of the expected rank."""
+    operands = (site.q, site.k, site.v)
+    tensors = [example_tensor(operand.node) for operand in operands]
+    for operand, tensor in zip(operands, tensors, strict=True):
+        if tensor is None or tensor.dim() != len(operand.axes) or "n" not in operand.axes:
+            return None
+    q, k, _ = tensors
+    assert q is not None and k is not None
+
+    def side(tensor: torch.Tensor, operand: Operand, letter: str) -> int:
+        if letter not in operand.axes:
+            return 1
+        return hint(tensor.shape[operand.axes.index(letter)])
+
+    return Dimensions(
+        side(q, site.q, "b"),
+        side(q, site.q, "h"),
+        side(k, site.k, "h"),
+        side(q, site.q, "n"),
+        side(q, site.q, "d"),
+        q.dtype,
+        q.device.type,
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None),
+        "h" in site.q.axes and not site.calls,
+    )
+
+
+def _not_video(finding: Finding) -> Finding:
+    """In a graph whose video is known, self-attention without a grid is over something else."""
+    if finding.refusal is None or finding.refusal.reason is not Reason.NO_GRID:
+        return finding
+    return Finding(
+        finding.site, finding.layer, finding.dims, None, None, None,
+        Refusal(Reason.TEXT_ONLY, finding.refusal.detail),
+    )  # fmt: skip

@@ -1,0 +1,320 @@
+"""Rules of data movement: how token codes follow views, copies and rearrangements.
+
+Each rule executes its operation on the integer codes, so any token order comes out right without a
+rule of its own. Rules take the operation's arguments as the graph gives them, tensors replaced by
+`Tracked`, and `out`, the recorded output shape(s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from .codes import NONE, Source, Tracked, aligned, collapse, expand_dims, reshape_codes
+
+Shape: TypeAlias = tuple[int, ...]
+Value: TypeAlias = Tracked | list[Tracked]
+Rule: TypeAlias = Callable[..., Value]
+
+
+def _dim(x: Tracked, dim: int) -> int:
+    return dim % x.rank if x.rank else 0
+
+
+def same(out: Shape, x: Tracked, *_: Any, **__: Any) -> Tracked:
+    """The same elements in the same places: casts, copies, normalisations, dropout."""
+    return x
+
+
+def reshape(out: Shape, x: Tracked, *_: Any, **__: Any) -> Tracked:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze: one order, other sides."""
+    return x.map(out, lambda c: reshape_codes(c, x.shape, out))
+
+
+def permute(out: Shape, x: Tracked, *dims: Any, **kw: Any) -> Tracked:
+    """permute(dims) in both call forms."""
+    order = kw.get("dims", dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims)
+    return x.map(out, lambda c: c.permute(tuple(order)))
+
+
+def transpose(out: Shape, x: Tracked, dim0: int, dim1: int) -> Tracked:
+    """transpose, swapaxes, swapdims."""
+    return x.map(out, lambda c: c.transpose(dim0, dim1))
+
+
+def t(out: Shape, x: Tracked) -> Tracked:
+    """.t(), .T, .mT, .H on matrices and batches of them."""
+    return x.map(out, lambda c: c.transpose(-1, -2) if x.rank > 1 else c)
+
+
+def movedim(out: Shape, x: Tracked, source: Any, destination: Any) -> Tracked:
+    """movedim, moveaxis."""
+    return x.map(out, lambda c: c.movedim(source, destination))
+
+
+def expand(out: Shape, x: Tracked, *_: Any, **__: Any) -> Tracked:
+    """expand, expand_as, broadcast_to: new copies share their codes."""
+    return x.map(out, lambda c: aligned(c, len(out)))
+
+
+def cat(out: Shape, tensors: Sequence[Tracked], dim: int = 0, **kw: Any) -> Tracked:
+    """cat: every source of any part, -1 where a part does not have it."""
+    dim = kw.get("axis", dim)
+    parts = [x for x in tensors if x.rank == len(out)]  # cat drops legacy empty 1-D tensors
+    dim %= len(out)
+    sources: dict[Source, None] = {}
+    for part in parts:
+        sources.update(dict.fromkeys(part.codes))
+    codes = {s: collapse(_cat_one(s, parts, dim), [dim]) for s in sources}
+    return Tracked(out, codes)
+
+
+def _cat_one(source: Source, parts: Sequence[Tracked], dim: int) -> torch.Tensor:
+    held = [part.codes.get(source) for part in parts]
+    some = next(c for c in held if c is not None)
+    pieces = [
+        expand_dims(some.new_full((1,) * some.dim(), NONE) if c is None else c, part.shape, [dim])
+        for c, part in zip(held, parts, strict=True)
+    ]
+    # a side that any piece needs full, all need full
+    sizes = [max(piece.shape[d] for piece in pieces) for d in range(some.dim())]
+    return torch.cat(
+        [p.expand([p.shape[d] if d == dim else sizes[d] for d in range(p.dim())]) for p in pieces],
+        dim,
+    )
+
+
+def stack(out: Shape, tensors: Sequence[Tracked], dim: int = 0) -> Tracked:
+    """stack: cat along a new side."""
+    dim %= len(out)
+    unit = [
+        x.map((*x.shape[:dim], 1, *x.shape[dim:]), lambda c: c.unsqueeze(dim)) for x in tensors
+    ]
+    return cat(out, unit, dim)
+
+
+def split(out: Sequence[Shape], x: Tracked, *args: Any, **kw: Any) -> list[Tracked]:
+    """split, chunk, tensor_split: the sizes are those of the recorded outputs."""
+    dim = _dim(x, kw.get("dim", args[1] if len(args) > 1 else 0))
+    pieces, start = [], 0
+    for shape in out:
+        pieces.append(_narrow(x, shape, dim, start))
+        start += shape[dim]
+    return pieces
+
+
+def unbind(out: Sequence[Shape], x: Tracked, dim: int = 0) -> list[Tracked]:
+    """unbind: one tensor per index of a side."""
+    dim = _dim(x, dim)
+    return [
+        _narrow(x, (*x.shape[:dim], 1, *x.shape[dim + 1 :]), dim, i).map(
+            shape, lambda c: c.squeeze(dim)
+        )
+        for i, shape in enumerate(out)
+    ]
+
+
+def narrow(out: Shape, x: Tracked, dim: int, start: int, length: int) -> Tracked:
+    """narrow."""
+    return _narrow(x, out, _dim(x, dim), start)
+
+
+def select(out: Shape, x: Tracked, dim: int, index: int) -> Tracked:
+    """select: one index of one side."""
+    dim = _dim(x, dim)
+    return x.map(out, lambda c: c.select(dim, index if c.shape[dim] > 1 else 0))
+
+
+def _narrow(x: Tracked, shape: Shape, dim: int, start: int) -> Tracked:
+    start = start % x.shape[dim] if start < 0 else start
+    return x.map(
+        shape, lambda c: c if c.shape[dim] == 1 else c.narrow(dim, start, shape[dim])
+    )
+
+
+def getitem(out: Shape, x: Tracked, index: Any) -> Tracked:
+    """Basic indexing: integers, slices, Ellipsis, None. Index tensors are not followed."""
+    items = full_index(x, index)
+    return x.map(out, lambda c: c[_index_for(c, items)])
+
+
+def full_index(x: Tracked, index: Any) -> list[Any]:
+    """`index` with Ellipsis written out and trailing slices added. Raises for index tensors."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(not (i is None or i is Ellipsis or isinstance(i, (int, slice))) for i in items):
+        raise NotImplementedError("index tensors")
+    if any(isinstance(i, bool) for i in items):
+        raise NotImplementedError("boolean index")
+    used = sum(1 for i in items if i is not None and i is not Ellipsis)
+    fill = [slice(None)] * (x.rank - used)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        return items[:at] + fill + items[at + 1 :]
+    return items + fill
+
+
+def _index_for(codes: torch.Tensor, items: Sequence[Any]) -> tuple[Any, ...]:
+    """The index on codes: a side of size 1 is kept whole, whatever part of it is asked for."""
+    index, d = [], 0
+    for item in items:
+        if item is None:
+            index.append(None)
+            continue
+        if codes.shape[d] == 1:
+            item = slice(None) if isinstance(item, slice) else 0
+        index.append(item)
+        d += 1
+    return tuple(index)
+
+
+def assign(x: Tracked, index: Any, value: object) -> Tracked:
+    """x after `x[index] = value`."""
+    items = full_index(x, index)
+    dims = _assigned_dims(x, items)
+    sources = dict.fromkeys(x.codes)
+    if isinstance(value, Tracked):
+        sources.update(dict.fromkeys(value.codes))
+    codes = {}
+    for source in sources:
+        base = x.codes.get(source)
+        new = value.codes.get(source) if isinstance(value, Tracked) else None
+        some = base if base is not None else new
+        assert some is not None
+        if base is None:
+            base = some.new_full((1,) * x.rank, NONE)
+        codes[source] = collapse(_assign_one(x, base, items, dims, new), sorted(dims))
+    return Tracked(x.shape, codes)
+
+
+def _assigned_dims(x: Tracked, items: Sequence[Any]) -> set[int]:
+    """The sides of x of which only a part is written."""
+    dims, d = set(), 0
+    for item in items:
+        if item is None:
+            continue
+        if isinstance(item, int) or item.indices(x.shape[d]) != (0, x.shape[d], 1):
+            dims.add(d)
+        d += 1
+    return dims
+
+
+def _assign_one(
+    x: Tracked, base: torch.Tensor, items: Sequence[Any], dims: set[int], new: torch.Tensor | None
+) -> torch.Tensor:
+    if new is None:
+        filled = expand_dims(base, x.shape, sorted(dims)).clone()
+        filled[_index_for(filled, items)] = NONE
+        return filled
+    # sides of x as the indexed view lines them up with the value's
+    kept, d = [], 0
+    for item in items:
+        if item is None:
+            kept.append(None)
+            continue
+        if not isinstance(item, int):
+            kept.append(d)
+        d += 1
+    new = aligned(new, len(kept)) if new.dim() <= len(kept) else new
+    full = set(dims)
+    for place, side in enumerate(kept[-new.dim() :] if new.dim() else []):
+        if side is not None and new.shape[place] > 1:
+            full.add(side)
+    filled = expand_dims(base, x.shape, sorted(full)).clone()
+    filled[_index_for(filled, items)] = new
+    return filled
+
+
+def repeat(out: Shape, x: Tracked, *sizes: Any) -> Tracked:
+    """repeat, tile with explicit counts."""
+    counts = list(sizes[0]) if sizes and isinstance(sizes[0], (tuple, list)) else list(sizes)
+    shape = (1,) * (len(counts) - x.rank) + x.shape
+    counts = [1] * (len(shape) - len(counts)) + counts
+
+    def move(codes: torch.Tensor) -> torch.Tensor:
+        codes = aligned(codes, len(shape))
+        return codes.repeat([n if codes.shape[d] > 1 else 1 for d, n in enumerate(counts)])
+
+    return x.map(out, move)
+
+
+def repeat_interleave(out: Shape, x: Tracked, repeats: Any, dim: Any = None, **_: Any) -> Tracked:
+    """repeat_interleave by one count along one side."""
+    if dim is None or not isinstance(repeats, int):
+        raise NotImplementedError("repeat_interleave without a side or with a tensor of counts")
+    side = _dim(x, dim)
+    return x.map(
+        out, lambda c: c if c.shape[side] == 1 else c.repeat_interleave(repeats, dim=side)
+    )
+
+
+def pad(out: Shape, x: Tracked, widths: Sequence[int], mode: str = "constant", *_: Any,
+        **__: Any) -> Tracked:
+    """F.pad with a constant: the padding has no code."""
+    if mode != "constant":
+        raise NotImplementedError(f"padding mode {mode}")
+    dims = [x.rank - 1 - i // 2 for i in range(0, len(widths), 2) if any(widths[i : i + 2])]
+    return x.map(out, lambda c: F.pad(expand_dims(c, x.shape, dims), _pads(x, widths), value=NONE))
+
+
+def _pads(x: Tracked, widths: Sequence[int]) -> list[int]:
+    return [int(w) for w in widths]
+
+
+def flip(out: Shape, x: Tracked, *dims: Any) -> Tracked:
+    """flip."""
+    sides = list(dims[0]) if isinstance(dims[0], (tuple, list)) else list(dims)
+    return x.map(out, lambda c: c.flip(sides))
+
+
+def roll(out: Shape, x: Tracked, shifts: Any, dims: Any) -> Tracked:
+    """roll along named sides."""
+    return x.map(out, lambda c: c.roll(shifts, dims))
+
+
+def meshgrid(out: Sequence[Shape], *tensors: Any, indexing: str = "ij") -> list[Tracked]:
+    """meshgrid of 1-D tensors."""
+    axes = list(tensors[0]) if isinstance(tensors[0], (tuple, list)) else list(tensors)
+    side = list(range(len(axes)))
+    if indexing == "xy" and len(axes) > 1:
+        side[0], side[1] = 1, 0
+    results = []
+    for i, x in enumerate(axes):
+        view = [1] * len(axes)
+        view[side[i]] = -1
+        results.append(x.map(out[i], lambda c, v=tuple(view): c.reshape(v)))
+    return results
+
+
+def outer(out: Shape, a: Tracked, b: Tracked) -> Tracked:
+    """outer: rows follow `a`; its columns are the other's features."""
+    return a.map(out, lambda c: c.reshape(-1, 1))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel".split(), reshape
+    ),
+    "permute": permute,
+    **dict.fromkeys("transpose swapaxes swapdims".split(), transpose),
+    **dict.fromkeys("t T mT".split(), t),
+    **dict.fromkeys("movedim moveaxis".split(), movedim),
+    **dict.fromkeys("expand expand_as broadcast_to".split(), expand),
+    **dict.fromkeys("cat concat concatenate".split(), cat),
+    "stack": stack,
+    **dict.fromkeys("split split_with_sizes chunk tensor_split".split(), split),
+    "unbind": unbind,
+    "narrow": narrow,
+    "select": select,
+    "getitem": getitem,
+    **dict.fromkeys("repeat tile".split(), repeat),
+    "repeat_interleave": repeat_interleave,
+    "pad": pad,
+    "flip": flip,
+    "roll": roll,
+    "meshgrid": meshgrid,
+    "outer": outer,
+}
+"""Movement by the name of the function or method."""

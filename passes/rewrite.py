@@ -1,0 +1,249 @@
+"""Rewriting: each accepted site becomes one call of the sparse attention op.
+
+Plans, and grids that are told per call, enter as extra graph inputs, so that one compiled graph
+serves every layer, sidecar and grid.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..kernels.op import sparse_attention_v1
+from .analyse import Finding
+from .grid_sizes import Length, SizeOf
+from .masks import KeyValidity
+from .sites import Operand
+
+_ORDER = "bhnd"
+_REST = -1
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Which plan inputs a site takes. Sites with equal keys share them.
+
+    key: the plan's name. projection: the plan brings score projections.
+    grids: number of video segments whose grids are told per call; 0 where the graph knows them.
+    """
+
+    key: str
+    projection: bool
+    grids: int
+
+
+@dataclass(frozen=True, eq=False)
+class ExtraInputs:
+    """The graph inputs added for one PlanInputs, as nodes in this order; None where not taken."""
+
+    inputs: PlanInputs
+    tile_shapes: fx.Node
+    density: fx.Node
+    projection: fx.Node | None
+    grids: fx.Node | None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        found = (self.tile_shapes, self.density, self.projection, self.grids)
+        return tuple(node for node in found if node is not None)
+
+
+def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that may be changed: Dynamo keeps records of its own inputs.
+
+    Nested graph modules are copied too; parameters and buffers are shared.
+    """
+    copy = fx.GraphModule(gm, fx.Graph(), gm.__class__.__name__)
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = copy.graph.graph_copy(gm.graph, mapping)
+    copy.graph.output(result)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy.graph.output_node().meta = dict(gm.graph.output_node().meta)
+    copy.meta = dict(gm.meta)
+    for name, child in list(copy.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, own_copy(child))
+    for name in ("_param_name_to_source",):
+        if name in gm.__dict__:
+            setattr(copy, name, gm.__dict__[name])
+    copy.recompile()
+    return copy
+
+
+class Rewriter:
+    """Rewrites the findings of one main graph and collects the inputs that were added."""
+
+    def __init__(self, gm: fx.GraphModule, score: str, executor: str) -> None:
+        """gm: an owned copy. score, executor: passed to the op as they are."""
+        self._gm = gm
+        self._score = score
+        self._executor = executor
+        self._extra: dict[PlanInputs, ExtraInputs] = {}
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self._last: fx.Node | None = placeholders[-1] if placeholders else None
+
+    @property
+    def extra(self) -> tuple[ExtraInputs, ...]:
+        """Everything that was added, in the order of the graph's new inputs."""
+        return tuple(self._extra.values())
+
+    def rewrite(self, finding: Finding, inputs: PlanInputs) -> None:
+        """Replace the site of `finding`. Nested sites get the inputs through their calls."""
+        site = finding.site
+        extra = self._extra.get(inputs) or self._add_inputs(inputs)
+        names: list[fx.Node | None] = [
+            extra.tile_shapes, extra.density, extra.projection, extra.grids
+        ]  # fmt: skip
+        for call in site.calls:
+            names = [None if node is None else _lift(call.node, call.module, node)
+                     for node in names]  # fmt: skip
+        tile_shapes, density, projection, grids = names
+        graph = site.owner.graph
+        with graph.inserting_before(site.node):
+            q, k, v = (_to_bhnd(graph, operand) for operand in (site.q, site.k, site.v))
+            valid = None if finding.mask is None else _key_valid(graph, finding.mask, q)
+            layout = self._layout(graph, finding, site.q)
+            call = graph.call_function(
+                sparse_attention_v1._opoverload,
+                (q, k, v, valid, layout, grids, tile_shapes, density, projection, self._score,
+                 site.scale, self._executor),
+            )  # fmt: skip
+            out = graph.call_function(operator.getitem, (call, 0))
+            out = _from_bhnd(graph, out, site.out_axes)
+        for node in (call, out):
+            node.meta = {
+                key: value
+                for key, value in site.node.meta.items()
+                if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
+            }
+        if site.output_first:
+            for user in list(site.node.users):
+                user.replace_all_uses_with(out)
+                graph.erase_node(user)
+        else:
+            site.node.replace_all_uses_with(out)
+        graph.erase_node(site.node)
+
+    def finish(self) -> fx.GraphModule:
+        """Remove what nothing uses any more, check and recompile the graph."""
+        for module in [m for m in self._gm.modules() if isinstance(m, fx.GraphModule)]:
+            module.graph.lint()
+            module.recompile()
+        return self._gm
+
+    def _add_inputs(self, inputs: PlanInputs) -> ExtraInputs:
+        stem = f"veda_{len(self._extra)}"
+        nodes = {
+            name: self._placeholder(f"{stem}_{name}")
+            for name, wanted in (
+                ("tile_shapes", True),
+                ("density", True),
+                ("projection", inputs.projection),
+                ("grids", inputs.grids > 0),
+            )
+            if wanted
+        }
+        self._extra[inputs] = ExtraInputs(
+            inputs,
+            nodes["tile_shapes"],
+            nodes["density"],
+            nodes.get("projection"),
+            nodes.get("grids"),
+        )
+        return self._extra[inputs]
+
+    def _placeholder(self, name: str) -> fx.Node:
+        graph = self._gm.graph
+        if self._last is None:
+            with graph.inserting_before(next(iter(graph.nodes))):
+                node = graph.placeholder(name)
+        else:
+            with graph.inserting_after(self._last):
+                node = graph.placeholder(name)
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        self._last = node
+        return node
+
+    def _layout(self, graph: fx.Graph, finding: Finding, q: Operand) -> list[object]:
+        """The op's `layout` argument: sizes of the graph, or blanks for the grids of this call."""
+        assert finding.layout is not None
+        flat: list[object] = []
+        if finding.sizes is None:
+            for run in finding.layout.runs:
+                flat += [1, 0, 0, 0] if run.grid is not None else [0, _REST, 1, 1]
+            return flat
+        grids, extras = iter(finding.sizes.grids), iter(finding.sizes.extras)
+        for run in finding.layout.runs:
+            if run.grid is not None:
+                flat += [1, *(_size_node(graph, side) for side in next(grids))]
+            else:
+                length = next(extras)
+                rest = _REST if length is None else _size_node(graph, length)
+                flat += [0, rest, 1, 1]
+        return flat
+
+
+def _size_node(graph: fx.Graph, length: Length) -> object:
+    if isinstance(length, SizeOf):
+        return graph.call_function(torch.ops.aten.sym_size.int, (length.node, length.dim))
+    return length
+
+
+def _lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Hand a node of the calling graph to a nested graph; once per call and name."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    existing = next((p for p in placeholders if p.target == node.target), None)
+    if existing is None:
+        with module.graph.inserting_after(placeholders[-1]):
+            existing = module.graph.placeholder(str(node.target))
+    if node not in call.args:
+        call.args = (*call.args, node)
+    return existing
+
+
+def _to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
+    present = [operand.axes.index(letter) for letter in _ORDER if letter in operand.axes]
+    node = operand.node
+    if present != sorted(present):
+        node = graph.call_function(torch.permute, (node, present))
+    for place, letter in enumerate(_ORDER):
+        if letter not in operand.axes:
+            node = graph.call_function(torch.unsqueeze, (node, place))
+    return node
+
+
+def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:
+    for place, letter in reversed(list(enumerate(_ORDER))):
+        if letter not in axes:
+            node = graph.call_function(torch.squeeze, (node, place))
+    kept = [letter for letter in _ORDER if letter in axes]
+    order = [kept.index(letter) for letter in axes]
+    if order != sorted(order):
+        node = graph.call_function(torch.permute, (node, order))
+    return node
+
+
+def _key_valid(graph: fx.Graph, mask: KeyValidity, q: fx.Node) -> fx.Node:
+    """(B, N) validity from a mask whose other sides are 1."""
+    rank = mask.key_axis + 1
+    index: list[object] = [0] * rank
+    index[mask.key_axis] = slice(None)
+    if mask.batch_axis is not None:
+        index[mask.batch_axis] = slice(None)
+        return graph.call_function(operator.getitem, (mask.node, tuple(index)))
+    row = graph.call_function(operator.getitem, (mask.node, tuple(index)))
+    batch = graph.call_function(torch.ops.aten.sym_size.int, (q, 0))
+    return graph.call_method("expand", (row, batch, -1))
+
+
+def input_positions(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[int]:
+    """The places of placeholders among a graph's inputs."""
+    order = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return [order[node] for node in nodes]

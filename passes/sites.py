@@ -1,0 +1,151 @@
+"""Sites: every attention call of a graph, whatever form it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .attention_ops import AttentionOp, arguments, find_op
+from .explicit_softmax import Explicit, match_explicit
+from .subgraphs import SubgraphCall, subgraph_calls
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of an attention call and what its sides are.
+
+    axes: one letter a side: b batch, h heads, n tokens, d head_dim. A side may be absent.
+    """
+
+    node: fx.Node
+    axes: str
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention call.
+
+    node: what is replaced; its value is the output, or a tuple with the output first
+        (`output_first`). out_axes: the sides of the output.
+    mask: the mask's node; causal, dropout: as given. scale: None is 1/sqrt(head_dim).
+    oddity: an argument that makes this more than plain softmax attention, or None.
+    calls: the nested graphs the site lies in, outermost first; empty in the main graph.
+    """
+
+    owner: fx.GraphModule
+    node: fx.Node
+    q: Operand
+    k: Operand
+    v: Operand
+    out_axes: str
+    mask: fx.Node | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    output_first: bool = False
+    oddity: str | None = None
+    calls: tuple[SubgraphCall, ...] = ()
+
+
+_SDPA = (torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+_SDPA_ARGUMENTS = (
+    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+)  # fmt: skip
+
+
+def find_sites(gm: fx.GraphModule, calls: tuple[SubgraphCall, ...] = ()) -> Iterator[Site]:
+    """Every attention call of `gm` and of the graphs nested in it, in execution order."""
+    nested = {call.node: call for call in subgraph_calls(gm)}
+    for node in gm.graph.nodes:
+        if node in nested:
+            yield from find_sites(nested[node].module, (*calls, nested[node]))
+        else:
+            site = _site_at(gm, node, calls)
+            if site is not None:
+                yield site
+
+
+def _site_at(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
+    if node.op == "call_function" and node.target in _SDPA:
+        return _sdpa(gm, node, calls)
+    op = find_op(node)
+    if op is not None:
+        return _registered(gm, node, op, calls)
+    explicit = match_explicit(node)
+    if explicit is not None:
+        return _explicit(gm, explicit, calls)
+    return None
+
+
+def _sdpa(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
+    given = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    q, k, v = (given[name] for name in _SDPA_ARGUMENTS[:3])
+    mask = given.get("attn_mask")
+    dropout, causal, scale = given.get("dropout_p", 0.0), given.get("is_causal"), given.get("scale")
+    if not all(isinstance(x, fx.Node) for x in (q, k, v)):
+        return None
+    odd = [
+        name
+        for name, value in (("dropout_p", dropout), ("is_causal", causal), ("scale", scale))
+        if isinstance(value, fx.Node)
+    ]
+    axes = _sdpa_axes(q)
+    return Site(
+        gm,
+        node,
+        Operand(q, axes),
+        Operand(k, axes),
+        Operand(v, axes),
+        axes,
+        mask=mask if isinstance(mask, fx.Node) else None,
+        dropout=0.0 if "dropout_p" in odd else float(dropout or 0.0),
+        causal=bool(causal) and "is_causal" not in odd,
+        scale=None if scale is None or "scale" in odd else float(scale),
+        oddity=f"{odd[0]} is computed in the graph" if odd else None,
+        calls=calls,
+    )
+
+
+def _sdpa_axes(q: fx.Node) -> str:
+    value = q.meta.get("example_value")
+    rank = value.dim() if isinstance(value, torch.Tensor) else 4
+    return "bhnd"[4 - rank :] if rank <= 4 else "?" * rank
+
+
+def _registered(
+    gm: fx.GraphModule, node: fx.Node, op: AttentionOp, calls: tuple[SubgraphCall, ...]
+) -> Site:
+    call = arguments(op, node)
+    return Site(
+        gm,
+        node,
+        Operand(call.q, op.axes),
+        Operand(call.k, op.axes),
+        Operand(call.v, op.axes),
+        op.axes,
+        mask=call.mask,
+        dropout=call.dropout,
+        causal=call.causal,
+        scale=call.scale,
+        output_first=op.output_first,
+        oddity=call.oddity,
+        calls=calls,
+    )
+
+
+def _explicit(gm: fx.GraphModule, found: Explicit, calls: tuple[SubgraphCall, ...]) -> Site:
+    return Site(
+        gm,
+        found.node,
+        Operand(found.q, found.q_axes),
+        Operand(found.k, found.k_axes),
+        Operand(found.v, found.v_axes),
+        found.out_axes,
+        scale=found.scale,
+        dropout=found.dropout,
+        oddity=found.oddity,
+        calls=calls,
+    )

@@ -1,0 +1,107 @@
+"""Verdicts: rewrite a site, or leave it and say why. Pure functions of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.executors import Answer
+from .layers import Layer, matches
+from .layout import SiteLayout
+from .masks import KeyValidity
+from .reasons import Reason, Refusal
+from .sites import Site
+from .token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user and the sidecar decide.
+
+    grid, dense_layers: the options of these names. min_tokens: video tokens below which a site
+    stays dense. verify: can the executor run (device type, dtype, head_dim)? plan: a refusal if
+    there is no plan for (layer, heads, head_dim, heads proven).
+    """
+
+    grid: tuple[int, int, int] | None
+    dense_layers: tuple[str | int, ...]
+    min_tokens: Callable[[str], int]
+    verify: Callable[[str, torch.dtype, int, int], Answer]
+    plan: Callable[[Layer, int, int, bool], Refusal | None]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Hints of a site's sizes. heads_proven: the call's heads are the layer's heads, in order."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    requires_grad: bool
+    heads_proven: bool
+
+
+def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) -> Refusal | None:
+    """Is it self-attention at all?"""
+    if site.oddity is not None:
+        return Refusal(Reason.PLAIN_SOFTMAX, site.oddity)
+    if tokens is None or not tokens.content:
+        names = ", ".join(sorted(unknown)[:5])
+        return Refusal(Reason.NO_PROVENANCE, f"not followed: {names}" if names else "")
+    if not tokens.same:
+        return Refusal(Reason.CROSS_ATTENTION)
+    if tokens.by_head:
+        return Refusal(Reason.HEAD_SPLIT_UNPROVEN, "tokens differ from head to head")
+    return None
+
+
+def judge_call(
+    site: Site,
+    layout: SiteLayout | Refusal,
+    mask: KeyValidity | str | None,
+    dims: Dimensions,
+    policy: Policy,
+) -> Refusal | None:
+    """Can this self-attention run sparse as it is called?"""
+    few = policy.min_tokens(dims.device)
+    if isinstance(layout, Refusal):
+        if layout.reason is Reason.NO_GRID and dims.tokens < few:
+            return Refusal(Reason.TOO_FEW_TOKENS, f"{dims.tokens} tokens, break-even {few}")
+        return layout
+    if site.causal:
+        return Refusal(Reason.CAUSAL)
+    if site.dropout > 0.0:
+        return Refusal(Reason.DROPOUT, f"p = {site.dropout}")
+    if isinstance(mask, str):
+        return Refusal(Reason.MASK_NOT_A_KEY_LENGTH, mask)
+    if site.output_first and _other_outputs_used(site):
+        return Refusal(Reason.OUTPUT_USED)
+    if dims.requires_grad:
+        return Refusal(Reason.REQUIRES_GRAD)
+    video = sum(run.length for run in layout.videos)
+    if video < few:
+        return Refusal(Reason.TOO_FEW_TOKENS, f"{video} video tokens, break-even {few}")
+    answer = policy.verify(dims.device, dims.dtype, dims.head_dim, video)
+    if not answer.ok:
+        usual = policy.verify(dims.device, dims.dtype, 64, video)
+        return Refusal(Reason.HEAD_DIM if usual.ok else Reason.DTYPE, answer.reason)
+    return None
+
+
+def judge_layer(layer: Layer, index: int, dims: Dimensions, policy: Policy) -> Refusal | None:
+    """Does the user, or the sidecar, want this layer sparse?"""
+    if matches(layer.name, index, policy.dense_layers):
+        return Refusal(Reason.DENSE_LAYER)
+    return policy.plan(layer, dims.heads, dims.head_dim, dims.heads_proven)
+
+
+def _other_outputs_used(site: Site) -> bool:
+    return any(
+        not (user.op == "call_function" and user.args[1:] == (0,)) for user in site.node.users
+    )

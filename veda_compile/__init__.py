@@ -1,0 +1,36 @@
+"""veda-compile: a torch.compile backend that makes video diffusion transformers fast."""
+
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
+    # An uninstalled checkout: passes/ and kernels/ stand beside this folder, not inside it.
+    __path__.append(str(_root))
+
+from .errors import (  # noqa: E402
+    ExecutorError,
+    LayoutError,
+    OptionsError,
+    PlanError,
+    SidecarError,
+    StrictError,
+    VedaError,
+)
+from .report import Report, report, reset_report  # noqa: E402
+from .sidecar import Sidecar  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExecutorError",
+    "LayoutError",
+    "OptionsError",
+    "PlanError",
+    "Report",
+    "Sidecar",
+    "SidecarError",
+    "StrictError",
+    "VedaError",
+    "report",
+    "reset_report",
+]

@@ -1,0 +1,235 @@
+"""The backend: what `torch.compile(model, backend="veda")` calls for every graph."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx
+
+from .binding import Binder, Bound, LayerMark
+from .errors import StrictError
+from .grids import FixedGrids, Grids, GridTeller, PositionGrids, SymbolicGrids
+from .inner import Compiled, compile_inner, fake_input
+from .kernels.budget import kept_density
+from .kernels.executors import executor_name
+from .kernels.layout import Layout, Video
+from .kernels.plan import Plan
+from .options import Options
+from .passes.analyse import Finding, analyse
+from .passes.reasons import HARMLESS, Reason
+from .passes.rewrite import PlanInputs, Rewriter, own_copy
+from .planner import Planner
+from .report import STORE, GraphRecord, SiteRecord
+
+logger = logging.getLogger(__name__)
+_unnamed = count()
+
+
+def veda(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a Dynamo graph with its video self-attention replaced by sparse attention.
+
+    Called by torch.compile(model, backend="veda", options=...); see `Options`. Graphs without a
+    site to rewrite are compiled as they are. Raises OptionsError, SidecarError or, with
+    options={"strict": True}, StrictError.
+    """
+    chosen = Options.from_dict(options, mode)
+    planner = Planner(chosen)
+    owned = own_copy(gm)
+    findings = analyse(owned, example_inputs, planner.policy())
+    record = GraphRecord(_compile_id(gm), [_site_record(f, planner, chosen) for f in findings])
+    STORE.add(record)
+    _log(record)
+    if chosen.strict:
+        _require(record)
+    accepted = [
+        (finding, site)
+        for finding, site in zip(findings, record.sites, strict=True)
+        if finding.refusal is None
+    ]
+    if not accepted:
+        return compile_inner(owned, example_inputs, chosen.inner, chosen.config_patches())
+    return _compile_rewritten(owned, example_inputs, accepted, planner, chosen)
+
+
+def _compile_rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    accepted: Sequence[tuple[Finding, SiteRecord]],
+    planner: Planner,
+    options: Options,
+) -> Compiled:
+    rewriter = Rewriter(gm, planner.score, options.executor)
+    groups: dict[PlanInputs, list[tuple[Finding, SiteRecord]]] = {}
+    tellers: dict[object, GridTeller] = {}
+    told: dict[PlanInputs, GridTeller] = {}
+    for place, (finding, record) in enumerate(accepted):
+        teller = _teller(gm, finding, tellers)
+        assert finding.layout is not None and finding.dims is not None
+        # without a sidecar all layers of one size and grid are alike and share their inputs
+        key = (
+            f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
+        )
+        per_call = len(finding.layout.videos) if finding.sizes is None else 0
+        inputs = PlanInputs(key, planner.score == "projection", per_call)
+        groups.setdefault(inputs, []).append((finding, record))
+        told[inputs] = teller
+    for inputs, members in groups.items():
+        for finding, _ in members:
+            rewriter.rewrite(finding, inputs)
+    binder = Binder(
+        [
+            _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner, options)
+            for extra in rewriter.extra
+        ]
+    )
+    rewritten = rewriter.finish()
+    stand_ins = []
+    for extra, value in zip(
+        (node for group in rewriter.extra for node in group.nodes),
+        binder(example_inputs),
+        strict=True,
+    ):
+        stand_ins.append(fake_input(value))
+        extra.meta["example_value"] = stand_ins[-1]
+    compiled = compile_inner(
+        rewritten, [*example_inputs, *stand_ins], options.inner, options.config_patches()
+    )
+
+    def run(*args: Any) -> Any:
+        return compiled(*args, *binder(args))
+
+    return run
+
+
+def _teller(gm: fx.GraphModule, finding: Finding, tellers: dict[object, GridTeller]) -> GridTeller:
+    """The grid teller of a site; sites told alike share one."""
+    layout, sizes = finding.layout, finding.sizes
+    assert layout is not None
+    key: object
+    if sizes is None:
+        assert layout.position_input is not None
+        key = (layout.position_input.node, layout.position_input.axis)
+        return tellers.setdefault(key, PositionGrids(gm, layout.position_input))
+    if any(e.free_symbols for grid in sizes.expressions for e in grid):
+        return tellers.setdefault(sizes.expressions, SymbolicGrids(gm, sizes.expressions))
+    fixed: Grids = tuple(run.grid for run in layout.videos if run.grid is not None)
+    return tellers.setdefault(fixed, FixedGrids(fixed))
+
+
+def _bound(
+    members: Sequence[tuple[Finding, SiteRecord]],
+    teller: GridTeller,
+    inputs: PlanInputs,
+    planner: Planner,
+    options: Options,
+) -> Bound:
+    finding = members[0][0]
+    dims, layer = finding.dims, finding.layer
+    assert dims is not None
+    named = planner.card_by_name(layer.name)
+    by_mark = planner.sidecar is not None and bool(layer.parameters) and (
+        named is None and not planner.sidecar.layer_independent
+        or named is not None and named.fingerprint is not None
+    )
+
+    def plan(mark: str | None, grids: Grids) -> Plan:
+        if not by_mark:
+            return planner.plan(named.name if named else None, dims.heads, grids)
+        if named is not None and mark == named.fingerprint:
+            return planner.plan(named.name, dims.heads, grids)
+        return planner.plan(planner.card_by_fingerprint(mark, layer.name).name, dims.heads, grids)
+
+    def used(mark: str | None, grids: Grids, chosen: Plan) -> None:
+        card = planner.card_by_fingerprint(mark, layer.name) if by_mark else named
+        for _, record in members:
+            _note_use(record, card.name if card else None, grids, chosen)
+
+    mark = LayerMark([place for _, place in layer.parameters]) if by_mark else None
+    device = torch.device(dims.device)
+    return Bound(teller, inputs.grids > 0, mark, plan, used, device)
+
+
+def _note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -> None:
+    """Keep the report true to what runs: grids, layers, shapes and densities met so far."""
+    for grid in grids:
+        if grid not in record.grids:
+            record.grids.append(grid)
+    record.grid = max(grids, key=lambda g: g[0] * g[1] * g[2])
+    if layer is not None and layer not in record.layers:
+        record.layers.append(layer)
+    groups = plan.groups()
+    record.tile_shapes = sorted(groups, key=lambda shape: -len(groups[shape]))
+    layout = Layout(tuple(Video(*grid) for grid in grids))
+    kept = [
+        kept_density(layout, shape, density)
+        for shape, density in zip(plan.tile_shapes, plan.density, strict=True)
+    ]
+    record.density = sum(kept) / len(kept)
+
+
+def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRecord:
+    refusal, layout = finding.refusal, finding.layout
+    video = max(layout.videos, key=lambda run: run.length) if layout is not None else None
+    record = SiteRecord(
+        layer=finding.layer.name,
+        rewritten=refusal is None,
+        reason=None if refusal is None else refusal.reason.name,
+        explanation=None if refusal is None else str(refusal),
+        grid=None if video is None else video.grid,
+    )
+    if layout is not None:
+        record.layout = " + ".join(
+            f"video {run.length}" if run.grid else f"extra {run.length}" for run in layout.runs
+        )
+        record.evidence = layout.evidence.value
+    if refusal is None and finding.dims is not None:
+        record.executor = executor_name(options.executor, finding.dims.device)
+        record.score = planner.score
+    return record
+
+
+def _require(record: GraphRecord) -> None:
+    """Raise StrictError where `strict` does not accept a verdict."""
+    bad = [
+        site
+        for site in record.sites
+        if not site.rewritten and Reason[str(site.reason)] not in HARMLESS
+    ]
+    if bad:
+        lines = "; ".join(f"{site.layer}: {site.explanation}" for site in bad[:8])
+        raise StrictError(f"strict: {len(bad)} attention calls would stay dense: {lines}")
+    few = [site for site in record.sites if site.reason == Reason.TOO_FEW_TOKENS.name]
+    if few and not any(site.rewritten for site in record.sites):
+        raise StrictError(
+            f"strict: nothing was rewritten in graph {record.compile_id}: {few[0].layer}: "
+            f"{few[0].explanation}; set min_tokens=0 to go sparse all the same"
+        )
+
+
+def _log(record: GraphRecord) -> None:
+    left = [site for site in record.sites if not site.rewritten]
+    reasons = ", ".join(sorted({str(site.reason) for site in left}))
+    logger.info(
+        "veda: graph %s: %d of %d attention calls sparse%s",
+        record.compile_id,
+        len(record.sites) - len(left),
+        len(record.sites),
+        f"; {len(left)} left dense: {reasons}" if left else "",
+    )
+
+
+def _compile_id(gm: fx.GraphModule) -> str:
+    compile_id = gm.meta.get("dynamo_compile_id")
+    return str(compile_id) if compile_id is not None else f"unnamed-{next(_unnamed)}"
+
+

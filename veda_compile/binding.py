@@ -1,0 +1,107 @@
+"""Binding: the plans and grids of a compiled graph, found anew on every call, mostly from a cache.
+
+A compiled graph may serve many layers and many grids. What differs between calls are the graph
+inputs that the rewrite added; this module fills them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .fingerprint import fingerprint
+from .grids import Grids, GridTeller
+from .kernels.plan import Plan
+
+_CACHED_CALLS = 512
+
+
+class LayerMark:
+    """The fingerprint of a layer whose parameters come with the call, hashed once per change."""
+
+    def __init__(self, places: Sequence[int]) -> None:
+        """places: positions of the layer's 1-D parameters among the graph's inputs, in order."""
+        self._places = tuple(places)
+        self._known: OrderedDict[tuple[int, ...], tuple[list[Any], tuple[int, ...], str | None]]
+        self._known = OrderedDict()
+
+    def __call__(self, args: Sequence[Any]) -> str | None:
+        tensors = [args[place] for place in self._places]
+        key = tuple(id(tensor) for tensor in tensors)
+        state = tuple(_state(tensor) for tensor in tensors)
+        held = self._known.get(key)
+        if held is not None and held[1] == state and all(
+            ref() is tensor for ref, tensor in zip(held[0], tensors, strict=True)
+        ):
+            return held[2]
+        mark = fingerprint(tensors)
+        self._known[key] = ([weakref.ref(tensor) for tensor in tensors], state, mark)
+        while len(self._known) > _CACHED_CALLS:
+            self._known.popitem(last=False)
+        return mark
+
+
+def _state(tensor: torch.Tensor) -> int:
+    """Changes when the tensor is written to (version) or given other storage (address)."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return hash((version, tensor.data_ptr()))
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """One group of added inputs.
+
+    grids: tells the grids of a call. per_call: whether the graph takes them as an input.
+    mark: tells the layer's fingerprint, where the plan depends on it or must be checked.
+    plan: (fingerprint, grids) -> the plan. used: told of every new plan, for the report.
+    """
+
+    grids: GridTeller
+    per_call: bool
+    mark: LayerMark | None
+    plan: Callable[[str | None, Grids], Plan]
+    used: Callable[[str | None, Grids, Plan], None]
+    device: torch.device
+
+
+class Binder:
+    """Fills the added inputs of one compiled graph."""
+
+    def __init__(self, groups: Sequence[Bound]) -> None:
+        self._groups = tuple(groups)
+        self._cache: OrderedDict[object, tuple[torch.Tensor, ...]] = OrderedDict()
+
+    def __call__(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The added inputs for a call with these arguments, in the graph's order."""
+        told: dict[GridTeller, Grids] = {}
+        extra: list[torch.Tensor] = []
+        for place, group in enumerate(self._groups):
+            if group.grids not in told:
+                told[group.grids] = group.grids(args)
+            mark = None if group.mark is None else group.mark(args)
+            key = (place, mark, told[group.grids])
+            tensors = self._cache.get(key)
+            if tensors is None:
+                tensors = self._cache[key] = self._fill(group, mark, told[group.grids])
+                while len(self._cache) > _CACHED_CALLS * max(1, len(self._groups)):
+                    self._cache.popitem(last=False)
+            extra += tensors
+        return extra
+
+    def _fill(self, group: Bound, mark: str | None, grids: Grids) -> tuple[torch.Tensor, ...]:
+        plan = group.plan(mark, grids)
+        group.used(mark, grids, plan)
+        tensors = [
+            torch.tensor(plan.tile_shapes, dtype=torch.int32),
+            torch.tensor(plan.density, dtype=torch.float64),
+        ]
+        if plan.projection is not None:
+            tensors.append(plan.projection.to(group.device))
+        if group.per_call:
+            tensors.append(torch.tensor(grids, dtype=torch.int64))
+        return tuple(tensors)

@@ -1,0 +1,139 @@
+"""Plans for sites: from the sidecar where there is one, else one shape for all heads."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from .errors import SidecarError
+from .grids import Grids, total_tokens
+from .kernels.break_even import break_even_tokens
+from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
+from .kernels.layout import Layout, Video
+from .kernels.plan import Plan, least_padding_shape
+from .options import DEFAULT_DENSITY, Options, tile_size_for
+from .passes.layers import Layer
+from .passes.reasons import Reason, Refusal
+from .passes.verdict import Policy
+from .sidecar import LayerCard, Sidecar
+
+logger = logging.getLogger(__name__)
+
+
+class Planner:
+    """Decides what every layer keeps. One per backend call.
+
+    Layers are told by name (whole-model compilation) or, where a graph serves many layers, by the
+    content fingerprint of their parameters.
+    """
+
+    def __init__(self, options: Options) -> None:
+        """Load the sidecar, if any. Raises SidecarError."""
+        self._options = options
+        self.sidecar = Sidecar.load(options.sidecar) if options.sidecar is not None else None
+        self._announced: set[tuple[object, object]] = set()
+
+    @property
+    def score(self) -> str:
+        """The score all sites of a compilation use."""
+        if self._options.score != "auto":
+            return self._options.score
+        return self.sidecar.score if self.sidecar is not None else "closed_form"
+
+    def policy(self) -> Policy:
+        """What the verdicts need to know."""
+        minimum = self._options.min_tokens
+        return Policy(
+            grid=self._options.grid,
+            dense_layers=self._options.dense_layers,
+            min_tokens=lambda device: (
+                break_even_tokens(device) if isinstance(minimum, str) else minimum
+            ),
+            verify=self._verify,
+            plan=self._refuse_layer,
+        )
+
+    def _tile_size(self, video_tokens: int) -> int:
+        if self.sidecar is not None:
+            return self.sidecar.tile_size
+        return self._options.tile_size or tile_size_for(video_tokens)
+
+    def _verify(self, device: str, dtype: torch.dtype, head_dim: int, tokens: int) -> Answer:
+        traits = Traits(device, dtype, head_dim, self._tile_size(tokens))
+        if self._options.executor != "auto":
+            choose_executor(self._options.executor, traits)  # a named executor never gives way
+            return Answer(True, "")
+        return get_executor(executor_name("auto", device)).verify(traits)
+
+    def _refuse_layer(
+        self, layer: Layer, heads: int, head_dim: int, heads_proven: bool
+    ) -> Refusal | None:
+        sidecar = self.sidecar
+        if sidecar is None:
+            return None
+        if not heads_proven:
+            return Refusal(Reason.HEAD_SPLIT_UNPROVEN, f"{heads} heads in the call")
+        card = self.card_by_name(layer.name)
+        if card is not None:
+            sidecar.check_model(
+                [LayerCard(card.name, heads, head_dim, None)], complete=False
+            )
+            return None
+        if not any((c.heads, c.head_dim) == (heads, head_dim) for c in sidecar.model.layers):
+            raise SidecarError(
+                f"sidecar {sidecar.source} was made for {sidecar.model.model_class}, of whose "
+                f"layers none has {heads} heads of {head_dim}, as layer {layer.name} of the "
+                "compiled model has: use a sidecar made for this model"
+            )
+        if sidecar.layer_independent or (layer.parameters and sidecar.fingerprints_unique()):
+            return None
+        return Refusal(
+            Reason.LAYER_UNKNOWN,
+            f"{layer.name}: not a layer of the sidecar, and its layers have no unique fingerprints",
+        )
+
+    def card_by_name(self, name: str | None) -> LayerCard | None:
+        """The sidecar's layer of that name; the compiled module may lie above the model."""
+        if self.sidecar is None or name is None:
+            return None
+        for card in self.sidecar.model.layers:
+            if name == card.name or name.endswith("." + card.name):
+                return card
+        return None
+
+    def card_by_fingerprint(self, mark: str | None, asked: str | None) -> LayerCard:
+        """The sidecar's layer with that fingerprint. Raises SidecarError if there is none."""
+        assert self.sidecar is not None
+        card = self.sidecar.layer_by_fingerprint(mark) if mark is not None else None
+        if card is None:
+            raise SidecarError(
+                f"sidecar {self.sidecar.source} was made for {self.sidecar.model.model_class}; it "
+                f"has no layer with fingerprint {mark}, which layer {asked} of the compiled model "
+                "has, so other weights: use a sidecar made for this model"
+            )
+        return card
+
+    def plan(self, layer: str | None, heads: int, grids: Grids) -> Plan:
+        """The plan of one layer (None: any, they are alike) for the grids of its segments."""
+        if self.sidecar is None:
+            layout = Layout(tuple(Video(*grid) for grid in grids))
+            shape = least_padding_shape(layout, self._tile_size(total_tokens(grids)))
+            density = self._options.density or DEFAULT_DENSITY
+            return Plan.uniform(heads, shape, density, self.score)
+        main = max(grids, key=math.prod)
+        name = layer if layer is not None else self.sidecar.model.layers[0].name
+        plan, match = self.sidecar.plan_for(
+            name,
+            main,
+            density=self._options.density,
+            score=None if self._options.score == "auto" else self._options.score,
+        )
+        if not match.exact and (main, match.used) not in self._announced:
+            self._announced.add((main, match.used))
+            logger.warning(
+                "sidecar %s has no plan for grid %s: using the nearest, made for %s",
+                self.sidecar.source, main, match.used,
+            )  # fmt: skip
+        return plan
