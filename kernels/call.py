@@ -10,6 +10,9 @@ from .errors import LayoutError, PlanError
 from .layout import Layout
 from .plan import Plan
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What q, k and v may be."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -35,6 +38,10 @@ class AttentionCall:
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
             if x.dim() != 4:
                 raise PlanError(f"{name} of shape {tuple(x.shape)}: must be (B, H, N, D)")
+            if 0 in x.shape:
+                raise PlanError(f"{name} of shape {tuple(x.shape)}: no side may be 0")
+        if self.q.dtype not in DTYPES:
+            raise PlanError(f"q is {self.q.dtype}: must be float32, float16 or bfloat16")
         batch, heads, tokens, head_dim = self.q.shape
         kv_shape = (batch, self.k.shape[1], tokens, head_dim)
         if self.k.shape != kv_shape or self.v.shape != kv_shape:
@@ -48,6 +55,10 @@ class AttentionCall:
             raise PlanError(
                 f"q, k, v are {self.q.dtype}, {self.k.dtype}, {self.v.dtype}: must be one dtype"
             )
+        if not self.q.device == self.k.device == self.v.device:
+            raise PlanError(
+                f"q, k, v are on {self.q.device}, {self.k.device}, {self.v.device}: must be on one"
+            )
         self.plan.check(heads, head_dim)
         self.layout.check_length(tokens)
         valid = self.key_valid
@@ -55,6 +66,10 @@ class AttentionCall:
             raise LayoutError(
                 f"key_valid is {valid.dtype} of shape {tuple(valid.shape)}: must be bool of shape "
                 f"({batch}, {tokens})"
+            )
+        if valid is not None and valid.device != self.q.device:
+            raise LayoutError(
+                f"key_valid is on {valid.device} but q is on {self.q.device}: must be on one"
             )
 
     @property

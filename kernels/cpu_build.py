@@ -22,6 +22,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The kernels' numbers of the dtypes they take."""
 
 
+_GRAIN = 1 << 15
+
+
+def threads_for(elements: int) -> int:
+    """Threads that work on so many elements is worth: each costs what some 10^4 elements do."""
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+
+
 class BuildError(RuntimeError):
     """The kernels cannot be built or loaded on this machine; the message says why."""
 

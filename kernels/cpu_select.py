@@ -8,7 +8,7 @@ import torch
 
 from .budget import tiles_to_keep
 from .call import AttentionCall, Selection
-from .cpu_build import DTYPES, TensorView, load_library
+from .cpu_build import DTYPES, TensorView, load_library, threads_for
 from .scores import key_features, query_features, tile_scores
 from .statistics import TileStatistics
 from .tiles import TileTable, tile_table
@@ -104,7 +104,7 @@ def native_statistics(
         head_dim,
         tiles,
         size,
-        torch.get_num_threads(),
+        threads_for(batch * len(heads) * tokens * head_dim),
     )
     load_library().veda_statistics(ctypes.byref(job))
     mean, second, variance = moments[:3]
@@ -165,6 +165,6 @@ def _choose(
         all_heads,
         rows,
         width,
-        torch.get_num_threads(),
+        threads_for(scores.numel()),
     )
     load_library().veda_choose(ctypes.byref(job))

@@ -68,8 +68,15 @@ def get_executor(name: str) -> Executor:
 
         return CpuExecutor()
     if name == "triton":
-        from .triton.executor import TritonExecutor
-
+        try:
+            from .triton.executor import TritonExecutor
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ExecutorError(
+                "executor 'triton': the package triton is not installed; install it, or give "
+                "executor='reference'"
+            ) from error
         return TritonExecutor()
     raise ExecutorError(f"executor {name!r}: must be one of auto, {', '.join(EXECUTOR_NAMES)}")
 
@@ -93,3 +100,17 @@ def choose_executor(requested: str, traits: Traits) -> Executor:
     if not answer.ok:
         raise ExecutorError(f"executor {name!r} cannot run here: {answer.reason}")
     return executor
+
+
+def execute(requested: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, Selection]:
+    """Run `call` on the executor that `requested` stands for: (out, lse, selection).
+
+    Raises ExecutorError where that one cannot run it.
+    """
+    traits = Traits(call.q.device.type, call.q.dtype, call.q.shape[-1], call.plan.tile_size)
+    executor = choose_executor(requested, traits)
+    # autocast would turn the float32 products of scores and softmax into bfloat16 ones
+    with torch.autocast(call.q.device.type, enabled=False):
+        selection = executor.select(call)
+        out, lse = executor.attend(call, selection)
+    return out, lse, selection

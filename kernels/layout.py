@@ -33,10 +33,12 @@ class Video:
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        """(t, h, w)."""
         return (self.t, self.h, self.w)
 
     @property
     def length(self) -> int:
+        """Tokens of the segment."""
         return self.t * self.h * self.w
 
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from .call import AttentionCall, empty_output
-from .errors import LayoutError
-from .executors import Traits, choose_executor
+from .errors import LayoutError, PlanError
+from .executors import execute
 from .layout import INTS_PER_SEGMENT, Layout
 from .plan import Plan
 
 OP_NAME = "veda::sparse_attention_v1"
 """The version is part of the name: caches key on it, and a changed contract needs a new one."""
-
 
 _REST = -1
 
@@ -47,7 +46,11 @@ def sparse_attention_v1(
     Returns out (B, H, N, D), stored as (B, N, H, D), and the natural-log LSE (B, H, N) float32.
     Raises LayoutError, PlanError or ExecutorError.
     """
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise PlanError(f"q of shape {tuple(q.shape)}: must be (B, H, N, D)")
     segments = _completed(list(layout), grids, q.shape[2])
+    _check_table("tile_shapes", tile_shapes, 2, torch.int32)
+    _check_table("density", density, 1, torch.float64)
     plan = Plan(
         tuple(tuple(shape) for shape in tile_shapes.tolist()),
         tuple(density.tolist()),
@@ -63,9 +66,8 @@ def sparse_attention_v1(
         1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         key_valid,
     )
-    traits = Traits(q.device.type, q.dtype, q.shape[-1], plan.tile_size)
-    chosen = choose_executor(executor, traits)
-    return chosen.attend(call, chosen.select(call))
+    out, lse, _ = execute(executor, call)
+    return out, lse
 
 
 @sparse_attention_v1.register_fake
@@ -75,23 +77,40 @@ def _(  # type: ignore[no-untyped-def]
     return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _check_table(name: str, table: torch.Tensor, dims: int, dtype: torch.dtype) -> None:
+    if table.dim() != dims or table.dtype != dtype or table.device.type != "cpu":
+        raise PlanError(
+            f"{name} is {table.dtype} with {table.dim()} dimensions on {table.device}: must be "
+            f"{dtype} with {dims} on cpu"
+        )
+
+
 def _completed(segments: list[int], grids: torch.Tensor | None, tokens: int) -> list[int]:
     """The encoded layout with grids told per call, and "the rest", filled in."""
+    if len(segments) % INTS_PER_SEGMENT:
+        raise LayoutError(
+            f"an encoded layout has {INTS_PER_SEGMENT} integers a segment, got {len(segments)}"
+        )
     starts = [i for i in range(0, len(segments), INTS_PER_SEGMENT) if segments[i] == 1]
     if grids is not None:
-        if grids.shape != (len(starts), 3):
+        if grids.shape != (len(starts), 3) or grids.dtype != torch.int64:
             raise LayoutError(
-                f"{tuple(grids.shape)} grid table for {len(starts)} video segments: must be (V, 3)"
+                f"grids are {grids.dtype} of shape {tuple(grids.shape)} for {len(starts)} video "
+                "segments: must be int64 of shape (V, 3)"
             )
         for start, grid in zip(starts, grids.tolist(), strict=True):
             segments[start + 1 : start + INTS_PER_SEGMENT] = grid
-    rest = [i for i in range(1, len(segments), INTS_PER_SEGMENT) if segments[i] == _REST]
+    firsts = range(0, len(segments), INTS_PER_SEGMENT)
+    rest = [i + 1 for i in firsts if segments[i : i + 2] == [0, _REST]]
     if len(rest) > 1:
         raise LayoutError(f"{len(rest)} segments take the rest of the sequence: at most one can")
     for place in rest:
-        firsts = range(0, len(segments), INTS_PER_SEGMENT)
         known = sum(math.prod(segments[i + 1 : i + 4]) for i in firsts if i + 1 != place)
         segments[place] = tokens - known
+        if known > tokens:
+            raise LayoutError(
+                f"the segments of known size hold {known} tokens but the sequence has {tokens}"
+            )
         if segments[place] == 0:
             del segments[place - 1 : place + INTS_PER_SEGMENT - 1]
     return segments

@@ -76,10 +76,12 @@ class Plan:
 
     @property
     def heads(self) -> int:
+        """Query heads the plan is for."""
         return len(self.tile_shapes)
 
     @property
     def tile_size(self) -> int:
+        """Tokens a full tile holds."""
         return math.prod(self.tile_shapes[0])
 
     def groups(self) -> dict[TileShape, list[int]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .call import AttentionCall, Selection, empty_output
-from .executors import Answer, Traits, YES
+from .call import DTYPES, AttentionCall, Selection, empty_output
+from .executors import YES, Answer, Traits
 from .selection import kept_map, select_tiles
 from .tiles import tile_table
 
@@ -16,9 +16,13 @@ class ReferenceExecutor:
     name = "reference"
 
     def verify(self, traits: Traits) -> Answer:
+        """Any device, head_dim and tile size; see `Executor.verify`."""
+        if traits.dtype not in DTYPES:
+            return Answer(False, f"dtype {traits.dtype}: must be float32, float16 or bfloat16")
         return YES
 
     def select(self, call: AttentionCall) -> Selection:
+        """`select_tiles`."""
         return select_tiles(call)
 
     def attend(
@@ -44,7 +48,7 @@ class ReferenceExecutor:
 
 
 def _token_mask(call: AttentionCall, selection: Selection, head: int) -> torch.Tensor:
-    """(B, N, N) bool: may query token attend to key token. Extra tokens: all, in both directions."""
+    """(B, N, N) bool: may query token attend to key token. Extra tokens may, in both directions."""
     table = tile_table(call.layout, call.plan.tile_shapes[head], call.q.device)
     keep = kept_map(selection, [head], table.tiles)[:, 0]
     tile = table.tile_of_token.long()

@@ -1,6 +1,7 @@
 """Tile scores: an estimate of the log of the attention mass between two tiles.
 
-Every score is  log S_j + f(q statistics) . f(k statistics):  one batched matrix product.
+Every score is  f(q statistics) . f(k statistics),  one batched matrix product, plus log S_j for
+all but "mean".
 """
 
 from __future__ import annotations
@@ -31,17 +32,21 @@ def key_features(stats: TileStatistics, plan: Plan, heads: list[int]) -> torch.T
     return _projected(stats, plan, heads, side=1)
 
 
-def tile_scores(q_features: torch.Tensor, k_features: torch.Tensor, key_rows: torch.Tensor,
-                plan: Plan) -> torch.Tensor:
+def tile_scores(
+    q_features: torch.Tensor, k_features: torch.Tensor, key_rows: torch.Tensor, plan: Plan
+) -> torch.Tensor:
     """Scores (B, h, n, n) float32 of query tile i (dim 2) for key tile j (dim 3).
 
     closed_form: log S_j + mean_i.mean_j * scale + E[q^2]_i.Var(k)_j * scale^2 / 2, the cumulant
     expansion of the log mass (method section 3). mean: its middle term alone. key_rows: (B or 1,
-    1, n), rows S_j that count; tiles with none score -inf.
+    1, n), rows S_j that count. Tiles with none, and only those, score -inf: what is NaN becomes the
+    largest finite number, so that such tiles are kept and the NaN shows in the output.
     """
     scores = q_features @ k_features.transpose(-1, -2)
     if plan.score != "mean":
         scores = scores + torch.log(key_rows)[..., None, :]  # log 0 = -inf
+    most = torch.finfo(scores.dtype).max
+    scores = torch.nan_to_num(scores, nan=most, posinf=most, neginf=-most)
     return scores.masked_fill((key_rows == 0)[..., None, :], -torch.inf)
 
 

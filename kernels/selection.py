@@ -11,7 +11,7 @@ from .call import AttentionCall, Selection
 from .plan import TileShape
 from .scores import key_features, query_features, tile_scores
 from .statistics import tile_statistics
-from .tiles import TileTable, segment_of_tile, tile_table
+from .tiles import TileTable, tile_table
 
 
 def select_tiles(call: AttentionCall) -> Selection:
@@ -81,6 +81,3 @@ def _scores(call: AttentionCall, table: TileTable, heads: list[int]) -> torch.Te
         k_stats.count,
         call.plan,
     )
-
-
-__all__ = ["kept_map", "lists_of", "segment_of_tile", "select_tiles"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,9 +30,11 @@ class TileTable:
 
     @property
     def tiles(self) -> int:
+        """n, the tiles of all video segments."""
         return self.starts[-1]
 
     def to(self, device: torch.device) -> TileTable:
+        """The same table on another device."""
         return TileTable(
             self.rows.to(device),
             self.sizes.to(device),
@@ -48,12 +49,14 @@ def tile_table(layout: Layout, shape: TileShape, device: torch.device) -> TileTa
     """The table of `layout` under `shape` on `device`; cached, treat it as read-only."""
     if device.type != "cpu":
         return tile_table(layout, shape, torch.device("cpu")).to(device)
-    tile_of_token = torch.full((layout.length,), -1, dtype=torch.int64)
+    # the device is named throughout: torch.set_default_device must not reach a cached table
+    tile_of_token = torch.full((layout.length,), -1, dtype=torch.int64, device=device)
     starts = [0]
     for offset, video in layout.videos:
         (nh, nw) = (-(-video.h // shape[1]), -(-video.w // shape[2]))
         box_t, box_h, box_w = (
-            torch.arange(side) // step for side, step in zip(video.grid, shape, strict=True)
+            torch.arange(side, device=device) // step
+            for side, step in zip(video.grid, shape, strict=True)
         )
         number = (box_t[:, None, None] * nh + box_h[None, :, None]) * nw + box_w[None, None, :]
         tile_of_token[offset : offset + video.length] = number.flatten() + starts[-1]
@@ -64,17 +67,9 @@ def tile_table(layout: Layout, shape: TileShape, device: torch.device) -> TileTa
     extras = int((tile_of_token < 0).sum())
     sizes = torch.bincount(tile_of_token[order[extras:]], minlength=tiles)
     firsts = sizes.cumsum(0) - sizes
-    slot = torch.arange(len(order) - extras) - firsts.repeat_interleave(sizes)
-    rows = torch.full((tiles, size), -1, dtype=torch.int32)
+    slot = torch.arange(len(order) - extras, device=device) - firsts.repeat_interleave(sizes)
+    rows = torch.full((tiles, size), -1, dtype=torch.int32, device=device)
     rows[tile_of_token[order[extras:]], slot] = order[extras:].int()
     return TileTable(
         rows, sizes.int(), tile_of_token.int(), tuple(starts), order[:extras].int().contiguous()
-    )
-
-
-def segment_of_tile(table: TileTable) -> torch.Tensor:
-    """(n,) int64, the video segment each tile belongs to."""
-    counts = [b - a for a, b in itertools.pairwise(table.starts)]
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(
-        table.rows.device
     )

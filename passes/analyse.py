@@ -14,14 +14,14 @@ from torch import fx
 from .attention_ops import registered_names
 from .compute import attention
 from .grid_sizes import LayoutSizes, find_sizes
-from .layers import Layer, find_layer
-from .layout import Evidence, SiteLayout, find_layout
+from .layers import Layer, find_layer, vector_parameters
+from .layout import Evidence, Grid, SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
 from .sizes import Size, example_tensor, hint
-from .token_map import token_map
+from .token_map import TokenMap, token_map
 from .verdict import Dimensions, Policy, judge_call, judge_identity, judge_layer
 
 
@@ -51,12 +51,11 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> lis
         return []
     names = {name.split("::")[-1]: attention for name in registered_names()}
     provenance = Provenance(gm, inputs, {**names, **dict.fromkeys(registered_names(), attention)})
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    values = dict(zip(placeholders, inputs, strict=True))
+    scene = _Scene(gm, inputs, provenance, policy.grid)
     findings: list[Finding] = []
     videos = 0
     for site in sites:
-        finding = _examine(gm, site, provenance, values, policy, videos)
+        finding = _examine(site, scene, policy, videos)
         videos += finding.layout is not None
         findings.append(finding)
     if any(finding.layout is not None for finding in findings):
@@ -64,32 +63,58 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> lis
     return findings
 
 
-def _examine(
-    gm: fx.GraphModule,
-    site: Site,
-    provenance: Provenance,
-    values: dict[fx.Node, object],
-    policy: Policy,
-    index: int,
-) -> Finding:
-    layer = Layer(None, ()) if site.calls else find_layer(gm, site.node)
+class _Scene:
+    """What all sites of a graph share. Sites whose operands hold equal tokens are read once."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[object],
+        provenance: Provenance,
+        grid: Grid | None,
+    ) -> None:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self.provenance = provenance
+        self.vectors = vector_parameters(gm)
+        self._values = dict(zip(placeholders, inputs, strict=True))
+        self._grid = grid
+        self._tokens: dict[object, TokenMap] = {}
+        self._layouts: dict[TokenMap, SiteLayout | Refusal] = {}
+
+    def tokens(self, site: Site) -> TokenMap | None:
+        """The site's token map; None if an operand's tokens are not known."""
+        operands = (site.q, site.k, site.v)
+        q, k, v = (self.provenance.codes_of(operand.node) for operand in operands)
+        if q is None or k is None or v is None:
+            return None
+        key = (q.key(), k.key(), v.key(), tuple(operand.axes for operand in operands))
+        if key not in self._tokens:
+            self._tokens[key] = token_map(q, k, v, operands)
+        return self._tokens[key]
+
+    def layout(self, tokens: TokenMap) -> SiteLayout | Refusal:
+        """The layout of a self-attention with this token map."""
+        if tokens not in self._layouts:
+            self._layouts[tokens] = find_layout(
+                tokens, self.provenance.sources, self._values, self._grid
+            )
+        return self._layouts[tokens]
+
+
+def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
+    layer = Layer(None, ()) if site.calls else find_layer(scene.vectors, site.node)
     dims = _dimensions(site)
-    operands = (site.q, site.k, site.v)
-    tracked = [provenance.codes_of(operand.node) for operand in operands]
-    q, k, v = tracked
-    tokens = None
-    if dims is not None and q is not None and k is not None and v is not None:
-        tokens = token_map(q, k, v, operands)
-    refusal = judge_identity(site, tokens, sorted(provenance.unknown))
+    tokens = scene.tokens(site) if dims is not None else None
+    refusal = judge_identity(site, tokens, sorted(scene.provenance.unknown))
     if refusal is not None or tokens is None or dims is None:
         return Finding(site, layer, dims, None, None, None, refusal)
-    layout = find_layout(tokens, provenance.sources, values, policy.grid)
+    layout = scene.layout(tokens)
     mask = key_validity(site, _token_size(site.k))
     refusal = judge_call(site, layout, mask, dims, policy)
     if isinstance(layout, Refusal):
         return Finding(site, layer, dims, None, None, None, refusal)
     refusal = refusal or judge_layer(layer, index, dims, policy)
-    sizes = _sizes(site, layout, provenance)
+    sizes = _sizes(site, layout, scene.provenance)
     if refusal is None and sizes is None and not _told_per_call(layout):
         refusal = Refusal(Reason.UNPROVEN_SIZES)
     validity = mask if isinstance(mask, KeyValidity) else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._library.custom_ops import CustomOpDef
 
 from .sizes import example_tensor, expression
 
@@ -97,7 +98,7 @@ def find_op(node: fx.Node) -> AttentionOp | None:
         return _REGISTRY.get(target._schema.name)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _REGISTRY.get(target._qualified_op_name)
-    if isinstance(target, torch.library.CustomOpDef):
+    if isinstance(target, CustomOpDef):
         return _REGISTRY.get(target._qualname)
     return None
 
@@ -147,7 +148,7 @@ def arguments(op: AttentionOp, node: fx.Node) -> OpCall:
 
 def _bound(node: fx.Node) -> dict[str, Any]:
     target = node.target
-    if isinstance(target, torch.library.CustomOpDef):
+    if isinstance(target, CustomOpDef):
         target = target._opoverload
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])

@@ -58,6 +58,7 @@ class Tracked:
 
     @property
     def rank(self) -> int:
+        """Number of dimensions."""
         return len(self.shape)
 
     def map(self, shape: Sequence[int], move: Callable[[torch.Tensor], torch.Tensor]) -> Tracked:
@@ -91,9 +92,7 @@ def reduce_dims(codes: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return codes.amax(full, keepdim=True) if full else codes
 
 
-def reshape_codes(
-    codes: torch.Tensor, before: Sequence[int], after: Sequence[int]
-) -> torch.Tensor:
+def reshape_codes(codes: torch.Tensor, before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
     """Codes of `x.reshape(after)` for x of shape `before`.
 
     Dimensions are grouped where the products of sizes agree; a group on which the codes do not
@@ -138,6 +137,8 @@ def _matched_groups(
 
 def aligned(codes: torch.Tensor, rank: int) -> torch.Tensor:
     """`codes` with leading dimensions of size 1 up to `rank`, as broadcasting adds them."""
+    if codes.dim() == rank:
+        return codes  # the very same object: equal operations are recognised by identity
     return codes.view((1,) * (rank - codes.dim()) + tuple(codes.shape))
 
 

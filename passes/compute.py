@@ -11,10 +11,9 @@ from .codes import Source, Tracked, aligned, collapse, reduce_dims, union
 from .movement import Rule, Shape, Value
 
 _KEEPS_PLACES = frozenset(
-    """to float half bfloat16 double type type_as contiguous clone detach alias dropout
-    layer_norm rms_norm native_layer_norm group_norm batch_norm instance_norm normalize softmax
-    log_softmax data cpu cuda requires_grad_ identity lift_fresh rms_norm_forward
-    feature_dropout dropout1d dropout2d dropout3d cumsum glu_ view_as_contiguous""".split()
+    """to float half bfloat16 double type type_as contiguous clone detach alias data cpu cuda
+    identity dropout feature_dropout layer_norm rms_norm native_layer_norm group_norm batch_norm
+    instance_norm normalize softmax log_softmax cumsum""".split()
 )
 """Shape-preserving functions that are not elementwise but leave every token in its place."""
 
@@ -23,9 +22,20 @@ _KEEPS_PLACES = frozenset(
 def is_elementwise(name: str) -> bool:
     """Whether torch tags the ATen operator of this name as pointwise."""
     base = name if name.endswith("__") else name.rstrip("_")
-    base = {"truediv": "div", "floordiv": "floor_divide", "and": "bitwise_and", "or": "bitwise_or",
-            "not": "bitwise_not", "invert": "bitwise_not", "iadd": "add", "imul": "mul",
-            "isub": "sub", "itruediv": "div", "mod": "remainder", "negative": "neg"}.get(base, base)
+    base = {
+        "truediv": "div",
+        "floordiv": "floor_divide",
+        "and": "bitwise_and",
+        "or": "bitwise_or",
+        "not": "bitwise_not",
+        "invert": "bitwise_not",
+        "iadd": "add",
+        "imul": "mul",
+        "isub": "sub",
+        "itruediv": "div",
+        "mod": "remainder",
+        "negative": "neg",
+    }.get(base, base)
     packet = getattr(torch.ops.aten, base, None)
     if packet is None:
         return False
@@ -77,8 +87,17 @@ def reduction(out: Shape, x: Tracked, *args: Any, **kwargs: Any) -> Value:
     return x.map(out, move)
 
 
-def convolution(out: Shape, x: Tracked, weight: Tracked, bias: Any = None, stride: Any = 1,
-                padding: Any = 0, dilation: Any = 1, *_: Any, **__: Any) -> Tracked:
+def convolution(
+    out: Shape,
+    x: Tracked,
+    weight: Tracked,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    *_: Any,
+    **__: Any,
+) -> Tracked:
     """conv1d/2d/3d: the token of an output is the centre of its receptive field."""
     rank = x.rank - 2
     if isinstance(padding, str):
@@ -135,8 +154,9 @@ def einsum(out: Shape, equation: str, *operands: Any) -> Tracked:
 
 def attention(out: Shape, *args: Any, **kwargs: Any) -> Tracked:
     """Attention output rows are q's; a source in q and k but not in v only steered the weights."""
-    named = (kwargs.get(name) for name in ("query", "key", "value")[len(args) :])
-    q, k, v = (*args[:3], *named)
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    names = ("query", "key", "value") if "query" in given else ("q", "k", "v")
+    q, k, v = (given[name] for name in names)
     codes = {
         s: reduce_dims(c, [c.dim() - 1])
         for s, c in q.codes.items()
@@ -164,14 +184,17 @@ def nothing(out: Any, *_: Any, **__: Any) -> Value:
 
 RULES: dict[str, Rule] = {
     "linear": linear,
-    **dict.fromkeys("mean sum amax amin norm var std prod logsumexp all any".split(), reduction),
-    **dict.fromkeys("conv1d conv2d conv3d".split(), convolution),
-    **dict.fromkeys("matmul bmm mm __matmul__".split(), matmul),
-    **dict.fromkeys("baddbmm addmm addbmm".split(), baddbmm),
+    **dict.fromkeys(
+        ["mean", "sum", "amax", "amin", "norm", "var", "std", "prod", "logsumexp", "all", "any"],
+        reduction,
+    ),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], convolution),
+    **dict.fromkeys(["matmul", "bmm", "mm", "__matmul__"], matmul),
+    **dict.fromkeys(["baddbmm", "addmm", "addbmm"], baddbmm),
     "einsum": einsum,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
-    **dict.fromkeys("polar complex".split(), elementwise),
+    **dict.fromkeys(["polar", "complex"], elementwise),
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(
         """zeros ones full empty zeros_like ones_like empty_like full_like rand randn rand_like

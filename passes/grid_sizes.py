@@ -83,8 +83,12 @@ def _has_product(rest: sympy.Expr, grids: list[tuple[sympy.Expr, ...]]) -> bool:
     """Whether a remainder still holds a term with all of a grid's symbols: then it is no rest."""
     terms = sympy.Add.make_args(rest)
     wanted = [set().union(*(side.free_symbols for side in grid)) for grid in grids]
-    return any(symbols and symbols <= term.free_symbols for term in terms for symbols in wanted
-               if len(symbols) > 1)
+    return any(
+        symbols and symbols <= term.free_symbols
+        for term in terms
+        for symbols in wanted
+        if len(symbols) > 1
+    )
 
 
 def _fixed(run: Run) -> tuple[int, int, int]:
@@ -99,11 +103,11 @@ def _expression(length: Length) -> sympy.Expr:
 def _locate_grid(
     run: Run, provenance: Provenance, graph: fx.Graph
 ) -> tuple[Length, Length, Length] | None:
-    if run.source is None or run.grid is None or len(run.axes) != 3:
+    if run.grid is None or len(run.sides) != 3:
         return None
     sides = [
-        _locate(run.source, axis, side, provenance, graph)
-        for axis, side in zip(run.axes, run.grid, strict=True)
+        _locate(source, axis, count, provenance, graph)
+        for (source, axis), count in zip(run.sides, run.grid, strict=True)
     ]
     if any(side is None for side in sides):
         return None
@@ -112,9 +116,10 @@ def _locate_grid(
 
 
 def _locate_extra(run: Run, provenance: Provenance, graph: fx.Graph) -> Length | None:
-    if run.source is None or len(run.axes) != 1:
+    if len(run.sides) != 1:
         return None
-    return _locate(run.source, run.axes[0], run.length, provenance, graph)
+    source, axis = run.sides[0]
+    return _locate(source, axis, run.length, provenance, graph)
 
 
 def _locate(

@@ -27,18 +27,17 @@ class Layer:
 
 
 def module_path(recorded: str) -> str:
-    """"L['self'].__dict__['_modules']['blocks'].3.attn1" -> "blocks.3.attn1"."""
+    """ "L['self'].__dict__['_modules']['blocks'].3.attn1" -> "blocks.3.attn1"."""
     flat = _ITEM.sub(r".\1", recorded.replace("getattr", ""))
     parts = [part for part in flat.split(".") if part and part not in _PLUMBING]
     return ".".join(parts[2:] if parts[:1] == ["L"] else parts)
 
 
-def find_layer(gm: fx.GraphModule, node: fx.Node) -> Layer:
-    """The layer of an attention call in the main graph."""
+def find_layer(vectors: Sequence[tuple[str, int]], node: fx.Node) -> Layer:
+    """The layer of an attention call in the main graph. vectors: its `vector_parameters`."""
     name = layer_name(node)
     if name is None:
         return Layer(None, ())
-    vectors = _vector_parameters(gm)
     prefix = name
     while True:
         inside = [
@@ -60,7 +59,7 @@ def layer_name(node: fx.Node) -> str | None:
     return module_path(str(path))
 
 
-def _vector_parameters(gm: fx.GraphModule) -> list[tuple[str, int]]:
+def vector_parameters(gm: fx.GraphModule) -> list[tuple[str, int]]:
     """(module path, input position) of the graph's floating 1-D parameters."""
     found = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):

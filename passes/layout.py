@@ -35,14 +35,13 @@ class Evidence(Enum):
 class Run:
     """Consecutive tokens of one kind. Numbers are hints.
 
-    source and axes: for video, the source whose axes are (T, H, W); for extra tokens the source
-    and axis they run along, where known. grid: None for extra tokens.
+    sides: (source, axis) whose indices number the tokens: three for video, for T, H and W; one
+        for extra tokens that run along one axis; () where not known. grid: None for extra tokens.
     """
 
     start: int
     length: int
-    source: Source | None = None
-    axes: tuple[int, ...] = ()
+    sides: tuple[tuple[Source, int], ...] = ()
     grid: Grid | None = None
 
 
@@ -64,6 +63,7 @@ class SiteLayout:
 
     @property
     def videos(self) -> tuple[Run, ...]:
+        """The runs with a grid."""
         return tuple(run for run in self.runs if run.grid is not None)
 
 
@@ -102,13 +102,16 @@ def _latent_runs(tokens: TokenMap) -> list[Run] | Refusal:
             axes = varying_axes(source, part)
             batch_axes = tokens.batch_axes[source] - {0}
             if batch_axes and len(source.shape) > 3 and len(axes) < 3:
-                return Refusal(Reason.FACTORISED, f"{source.name}: axes {axes} along the sequence, "
-                               f"{sorted(batch_axes)} in the batch")
+                return Refusal(
+                    Reason.FACTORISED,
+                    f"{source.name}: axes {axes} along the sequence, "
+                    f"{sorted(batch_axes)} in the batch",
+                )
             flat = flat or (len(axes) == 2 and len(source.shape) > 3)
             video = _video_runs(source, axes, part, start)
             if isinstance(video, Refusal):
                 return video
-            runs += video or [Run(start, stop - start, source, tuple(axes))]
+            runs += video or [Run(start, stop - start, _sides(source, axes))]
     if any(run.grid for run in runs):
         return runs
     return Refusal(Reason.ONE_FRAME) if flat else []
@@ -130,7 +133,12 @@ def _video_runs(
     copies = codes.numel() // length
     if not torch.equal(joint, torch.arange(length).repeat(copies)):
         return Refusal(Reason.TOKEN_ORDER, f"{t}x{h}x{w} grid")
-    return [Run(start + i * length, length, source, tuple(axes), (t, h, w)) for i in range(copies)]
+    sides = _sides(source, axes)
+    return [Run(start + i * length, length, sides, (t, h, w)) for i in range(copies)]
+
+
+def _sides(source: Source, axes: list[int]) -> tuple[tuple[Source, int], ...]:
+    return tuple((source, axis) for axis in axes)
 
 
 def _packed_layout(
@@ -141,35 +149,49 @@ def _packed_layout(
 ) -> SiteLayout | Refusal:
     """The layout of tokens that enter the graph as one sequence, by their positions."""
     runs = [
-        Run(start, stop - start, source, tuple(varying_axes(source, codes[start:stop])))
+        Run(start, stop - start, _sides(source, varying_axes(source, codes[start:stop])))
         for source, codes in tokens.content.items()
         for start, stop in _spans(codes != NONE)
     ]
     one_axis_positions = False
     for place, run in enumerate(runs):
         told = _position_grids(tokens, run, holders, values)
-        known = [(evidence, found) for evidence, (found, _) in told.items() if found is not None]
+        known = [(evidence, say) for evidence, say in told.items() if say.found is not None]
         if known:
-            evidence, found = known[0]
+            evidence, say = known[0]
+            found = say.found
+            assert found is not None
             conflict = _conflict(found.grid, told, option)
             if conflict is not None:
                 return conflict
             if not found.raster:
                 return Refusal(Reason.TOKEN_ORDER, f"{found.grid} grid")
-            runs[place] = Run(run.start, run.length, run.source, run.axes, found.grid)
-            return SiteLayout(_filled(runs, tokens.tokens), evidence, told[evidence][1])
+            runs[place] = Run(run.start, run.length, say.sides, found.grid)
+            values_say = told.get(Evidence.VALUES)
+            position = values_say.position_input if values_say is not None else None
+            return SiteLayout(_filled(runs, tokens.tokens), evidence, position)
         one_axis_positions = one_axis_positions or bool(told)
     if option is not None:
         fits = [i for i, run in enumerate(runs) if run.length == math.prod(option)]
         if len(fits) == 1:
             run = runs[fits[0]]
-            runs[fits[0]] = Run(run.start, run.length, run.source, run.axes, option)
+            runs[fits[0]] = Run(run.start, run.length, run.sides, option)
             return SiteLayout(_filled(runs, tokens.tokens), Evidence.OPTION)
-    return Refusal(Reason.TEXT_ONLY if one_axis_positions else Reason.NO_GRID,
-                   f"{tokens.tokens} tokens")
+    return Refusal(
+        Reason.TEXT_ONLY if one_axis_positions else Reason.NO_GRID, f"{tokens.tokens} tokens"
+    )
 
 
-_Told = dict[Evidence, tuple[PositionGrid | None, PositionInput | None]]
+@dataclass(frozen=True, eq=False)
+class _Say:
+    """What one kind of positional evidence says about a run."""
+
+    found: PositionGrid | None
+    sides: tuple[tuple[Source, int], ...] = ()
+    position_input: PositionInput | None = None
+
+
+_Told = dict[Evidence, _Say]
 
 
 def _position_grids(
@@ -181,20 +203,35 @@ def _position_grids(
     """What positions say about a run, by kind of evidence; {} where there are no positions."""
     told: _Told = {}
     rows = slice(run.start, run.start + run.length)
-    made: list[torch.Tensor] = []
+    made: list[tuple[torch.Tensor, tuple[Source, int]]] = []
     for source, columns in tokens.positional.items():
         if source.kind is not SourceKind.INPUT:
-            made += groupings(columns[rows])
+            made += _axis_groupings(source, columns[rows])
             continue
         read = _value_groupings(source, columns[rows], values.get(holders[source]))
-        if read:
-            grid = grid_from_groupings(read[0])
-            axis = read[1]
-            if Evidence.VALUES not in told or told[Evidence.VALUES][0] is None:
-                told[Evidence.VALUES] = (grid, PositionInput(holders[source], axis))
+        held = told.get(Evidence.VALUES)
+        if read is not None and (held is None or held.found is None):
+            position = PositionInput(holders[source], read[1])
+            told[Evidence.VALUES] = _Say(grid_from_groupings(read[0]), (), position)
     if made:
-        told[Evidence.POSITIONS] = (grid_from_groupings(_distinct(made)), None)
-    return dict(sorted(told.items(), key=lambda item: item[0] is Evidence.VALUES))
+        distinct = _distinct(made)
+        found = grid_from_groupings([labels for labels, _ in distinct])
+        sides = () if found is None else tuple(distinct[i][1] for i in found.members)
+        told = {Evidence.POSITIONS: _Say(found, sides), **told}
+    return told
+
+
+def _axis_groupings(
+    source: Source, columns: torch.Tensor
+) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
+    """The groupings of columns that follow one axis of a source, with that axis."""
+    found = []
+    for labels, column in groupings(columns):
+        codes = columns[:, column]
+        axes = varying_axes(source, codes)
+        if len(axes) == 1 and not bool((codes == NONE).any()):
+            found.append((labels, (source, axes[0])))
+    return found
 
 
 def _value_groupings(
@@ -210,7 +247,7 @@ def _value_groupings(
         return None
     if not isinstance(value, torch.Tensor) or torch._subclasses.fake_tensor.is_fake(value):
         return None
-    return groupings(position_rows(value, axes[0])), axes[0]
+    return [labels for labels, _ in groupings(position_rows(value, axes[0]))], axes[0]
 
 
 def position_rows(value: torch.Tensor, axis: int) -> torch.Tensor:
@@ -221,19 +258,23 @@ def position_rows(value: torch.Tensor, axis: int) -> torch.Tensor:
     return value.reshape(value.shape[0], -1)
 
 
-def _distinct(labels: list[torch.Tensor]) -> list[torch.Tensor]:
-    kept: list[torch.Tensor] = []
-    for grouping in labels:
-        if not any(torch.equal(grouping, other) for other in kept):
-            kept.append(grouping)
+def _distinct(
+    made: list[tuple[torch.Tensor, tuple[Source, int]]],
+) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
+    kept: list[tuple[torch.Tensor, tuple[Source, int]]] = []
+    for labels, side in made:
+        if not any(torch.equal(labels, other) for other, _ in kept):
+            kept.append((labels, side))
     return kept
 
 
 def _conflict(grid: Grid | None, told: _Told, option: Grid | None) -> Refusal | None:
     """A refusal if other evidence, or the user, names another grid."""
-    for evidence, (found, _) in told.items():
-        if found is not None and found.grid != grid:
-            return Refusal(Reason.GRID_CONTRADICTED, f"{grid}, but {evidence.value}: {found.grid}")
+    for evidence, say in told.items():
+        if say.found is not None and say.found.grid != grid:
+            return Refusal(
+                Reason.GRID_CONTRADICTED, f"{grid}, but {evidence.value}: {say.found.grid}"
+            )
     if option is not None and option != grid:
         return Refusal(Reason.GRID_CONTRADICTED, f"{grid}, but {Evidence.OPTION.value}: {option}")
     return None
@@ -264,8 +305,11 @@ def _append(ordered: list[Run], run: Run) -> None:
 
 def _spans(mask: torch.Tensor) -> list[tuple[int, int]]:
     """(start, stop) of every run of True."""
-    edges = torch.diff(mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8),
-                       append=torch.zeros(1, dtype=torch.int8))
+    edges = torch.diff(
+        mask.to(torch.int8),
+        prepend=torch.zeros(1, dtype=torch.int8),
+        append=torch.zeros(1, dtype=torch.int8),
+    )
     starts = (edges == 1).nonzero().flatten().tolist()
     stops = (edges == -1).nonzero().flatten().tolist()
     return list(zip(starts, stops, strict=True))

@@ -90,9 +90,7 @@ def _cat_one(source: Source, parts: Sequence[Tracked], dim: int) -> torch.Tensor
 def stack(out: Shape, tensors: Sequence[Tracked], dim: int = 0) -> Tracked:
     """stack: cat along a new side."""
     dim %= len(out)
-    unit = [
-        x.map((*x.shape[:dim], 1, *x.shape[dim:]), lambda c: c.unsqueeze(dim)) for x in tensors
-    ]
+    unit = [x.map((*x.shape[:dim], 1, *x.shape[dim:]), lambda c: c.unsqueeze(dim)) for x in tensors]
     return cat(out, unit, dim)
 
 
@@ -130,9 +128,7 @@ def select(out: Shape, x: Tracked, dim: int, index: int) -> Tracked:
 
 def _narrow(x: Tracked, shape: Shape, dim: int, start: int) -> Tracked:
     start = start % x.shape[dim] if start < 0 else start
-    return x.map(
-        shape, lambda c: c if c.shape[dim] == 1 else c.narrow(dim, start, shape[dim])
-    )
+    return x.map(shape, lambda c: c if c.shape[dim] == 1 else c.narrow(dim, start, shape[dim]))
 
 
 def getitem(out: Shape, x: Tracked, index: Any) -> Tracked:
@@ -158,7 +154,8 @@ def full_index(x: Tracked, index: Any) -> list[Any]:
 
 def _index_for(codes: torch.Tensor, items: Sequence[Any]) -> tuple[Any, ...]:
     """The index on codes: a side of size 1 is kept whole, whatever part of it is asked for."""
-    index, d = [], 0
+    index: list[Any] = []
+    d = 0
     for item in items:
         if item is None:
             index.append(None)
@@ -209,7 +206,8 @@ def _assign_one(
         filled[_index_for(filled, items)] = NONE
         return filled
     # sides of x as the indexed view lines them up with the value's
-    kept, d = [], 0
+    kept: list[int | None] = []
+    d = 0
     for item in items:
         if item is None:
             kept.append(None)
@@ -245,13 +243,12 @@ def repeat_interleave(out: Shape, x: Tracked, repeats: Any, dim: Any = None, **_
     if dim is None or not isinstance(repeats, int):
         raise NotImplementedError("repeat_interleave without a side or with a tensor of counts")
     side = _dim(x, dim)
-    return x.map(
-        out, lambda c: c if c.shape[side] == 1 else c.repeat_interleave(repeats, dim=side)
-    )
+    return x.map(out, lambda c: c if c.shape[side] == 1 else c.repeat_interleave(repeats, dim=side))
 
 
-def pad(out: Shape, x: Tracked, widths: Sequence[int], mode: str = "constant", *_: Any,
-        **__: Any) -> Tracked:
+def pad(
+    out: Shape, x: Tracked, widths: Sequence[int], mode: str = "constant", *_: Any, **__: Any
+) -> Tracked:
     """F.pad with a constant: the padding has no code."""
     if mode != "constant":
         raise NotImplementedError(f"padding mode {mode}")
@@ -295,21 +292,32 @@ def outer(out: Shape, a: Tracked, b: Tracked) -> Tracked:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel".split(), reshape
+        [
+            "view",
+            "reshape",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "view_as",
+            "reshape_as",
+            "ravel",
+        ],
+        reshape,
     ),
     "permute": permute,
-    **dict.fromkeys("transpose swapaxes swapdims".split(), transpose),
-    **dict.fromkeys("t T mT".split(), t),
-    **dict.fromkeys("movedim moveaxis".split(), movedim),
-    **dict.fromkeys("expand expand_as broadcast_to".split(), expand),
-    **dict.fromkeys("cat concat concatenate".split(), cat),
+    **dict.fromkeys(["transpose", "swapaxes", "swapdims"], transpose),
+    **dict.fromkeys(["t", "T", "mT"], t),
+    **dict.fromkeys(["movedim", "moveaxis"], movedim),
+    **dict.fromkeys(["expand", "expand_as", "broadcast_to"], expand),
+    **dict.fromkeys(["cat", "concat", "concatenate"], cat),
     "stack": stack,
-    **dict.fromkeys("split split_with_sizes chunk tensor_split".split(), split),
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split"], split),
     "unbind": unbind,
     "narrow": narrow,
     "select": select,
     "getitem": getitem,
-    **dict.fromkeys("repeat tile".split(), repeat),
+    **dict.fromkeys(["repeat", "tile"], repeat),
     "repeat_interleave": repeat_interleave,
     "pad": pad,
     "flip": flip,

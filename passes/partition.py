@@ -22,28 +22,35 @@ _SAMPLE = 512
 
 @dataclass(frozen=True)
 class PositionGrid:
-    """A grid read from positions. raster: the tokens stand in raster order."""
+    """A grid read from positions.
+
+    raster: the tokens stand in raster order. members: which groupings are its T, H and W.
+    """
 
     grid: tuple[int, int, int]
     raster: bool
+    members: tuple[int, int, int]
 
 
-def groupings(columns: torch.Tensor) -> list[torch.Tensor]:
-    """The distinct ways the columns of a (N, F) tensor group its rows: (N,) int64 labels each.
+def groupings(columns: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """The distinct ways the columns of a (N, F) tensor group its rows.
+
+    Each as (N,) int64 labels and the first column that groups so.
 
     Labels are numbered by first appearance. Constant columns group nothing and are left out.
     Columns that group a sample of the rows alike are taken to group all of them alike.
     """
     count = columns.shape[0]
     sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
-    found: dict[tuple[int, ...], torch.Tensor] = {}
-    for column in columns.unbind(1):
+    found: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}
+    for place, column in enumerate(columns.unbind(1)):
         probe = column[sample]
         if bool((probe == probe[0]).all()) and bool((column == column[0]).all()):
             continue
         key = tuple(_by_first_appearance(torch.unique(probe, return_inverse=True)[1]).tolist())
         if key not in found:
-            found[key] = _by_first_appearance(torch.unique(column, return_inverse=True)[1])
+            labels = _by_first_appearance(torch.unique(column, return_inverse=True)[1])
+            found[key] = (labels, place)
         if len(found) == _MAX_GROUPINGS:
             break
     return list(found.values())
@@ -55,7 +62,7 @@ def grid_from_groupings(found: list[torch.Tensor]) -> PositionGrid | None:
         return None
     tokens = found[0].shape[0]
     sizes = [int(labels.max()) + 1 for labels in found]
-    grids: set[PositionGrid] = set()
+    grids: dict[tuple[int, int, int], PositionGrid] = {}
     for trio in itertools.combinations(range(len(found)), 3):
         if sizes[trio[0]] * sizes[trio[1]] * sizes[trio[2]] != tokens:
             continue
@@ -67,8 +74,9 @@ def grid_from_groupings(found: list[torch.Tensor]) -> PositionGrid | None:
         if torch.unique(joint).numel() != tokens:
             continue
         raster = torch.equal(joint, torch.arange(tokens, device=joint.device))
-        grids.add(PositionGrid(grid, raster))
-    return grids.pop() if len(grids) == 1 else None
+        members = (slow_first[0], slow_first[1], slow_first[2])
+        grids.setdefault(grid, PositionGrid(grid, raster, members))
+    return next(iter(grids.values())) if len(grids) == 1 else None
 
 
 def _by_first_appearance(labels: torch.Tensor) -> torch.Tensor:

@@ -105,8 +105,9 @@ class Provenance:
         if out is None:
             return
         if name == "getattr":
-            args = self._resolve(node.args)
-            name, node_args = str(args[1]), (args[0],)
+            subject, attribute = self._resolve(node.args)
+            name = str(attribute)
+            node_args: Any = (subject,)
             kwargs: dict[str, Any] = {}
         else:
             node_args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
@@ -193,8 +194,9 @@ class Provenance:
             if isinstance(value, torch.Tensor):
                 return Tracked(shape_hints(value))
             if isinstance(value, (tuple, list)):
-                return [Tracked(shape_hints(v)) if isinstance(v, torch.Tensor) else v
-                        for v in value]
+                return [
+                    Tracked(shape_hints(v)) if isinstance(v, torch.Tensor) else v for v in value
+                ]
             return value
         if isinstance(arg, tuple):
             return tuple(self._resolve(a) for a in arg)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -48,6 +49,7 @@ class ExtraInputs:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
+        """The inputs that were added, in the graph's order."""
         found = (self.tile_shapes, self.density, self.projection, self.grids)
         return tuple(node for node in found if node is not None)
 
@@ -101,8 +103,8 @@ class Rewriter:
         names: list[fx.Node | None] = [
             extra.tile_shapes, extra.density, extra.projection, extra.grids
         ]  # fmt: skip
-        for call in site.calls:
-            names = [None if node is None else _lift(call.node, call.module, node)
+        for outer in site.calls:
+            names = [None if node is None else _lift(outer.node, outer.module, node)
                      for node in names]  # fmt: skip
         tile_shapes, density, projection, grids = names
         graph = site.owner.graph
@@ -171,10 +173,10 @@ class Rewriter:
         self._last = node
         return node
 
-    def _layout(self, graph: fx.Graph, finding: Finding, q: Operand) -> list[object]:
+    def _layout(self, graph: fx.Graph, finding: Finding, q: Operand) -> list[Any]:
         """The op's `layout` argument: sizes of the graph, or blanks for the grids of this call."""
         assert finding.layout is not None
-        flat: list[object] = []
+        flat: list[Any] = []
         if finding.sizes is None:
             for run in finding.layout.runs:
                 flat += [1, 0, 0, 0] if run.grid is not None else [0, _REST, 1, 1]
@@ -190,7 +192,7 @@ class Rewriter:
         return flat
 
 
-def _size_node(graph: fx.Graph, length: Length) -> object:
+def _size_node(graph: fx.Graph, length: Length) -> Any:
     if isinstance(length, SizeOf):
         return graph.call_function(torch.ops.aten.sym_size.int, (length.node, length.dim))
     return length
@@ -233,7 +235,7 @@ def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:
 def _key_valid(graph: fx.Graph, mask: KeyValidity, q: fx.Node) -> fx.Node:
     """(B, N) validity from a mask whose other sides are 1."""
     rank = mask.key_axis + 1
-    index: list[object] = [0] * rank
+    index: list[Any] = [0] * rank
     index[mask.key_axis] = slice(None)
     if mask.batch_axis is not None:
         index[mask.batch_axis] = slice(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,7 +51,10 @@ class Site:
     calls: tuple[SubgraphCall, ...] = ()
 
 
-_SDPA = (torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+_SDPA = (
+    torch._C._nn.scaled_dot_product_attention,
+    torch.nn.functional.scaled_dot_product_attention,
+)
 _SDPA_ARGUMENTS = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 )  # fmt: skip
@@ -81,7 +85,7 @@ def _site_at(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...])
 
 
 def _sdpa(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
-    given = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
     q, k, v = (given[name] for name in _SDPA_ARGUMENTS[:3])
     mask = given.get("attn_mask")
     dropout, causal, scale = given.get("dropout_p", 0.0), given.get("is_causal"), given.get("scale")

@@ -44,8 +44,9 @@ class TokenMap:
     by_head: bool
 
 
-def token_map(q: Tracked, k: Tracked, v: Tracked, axes: tuple[Operand, Operand, Operand]
-              ) -> TokenMap:
+def token_map(
+    q: Tracked, k: Tracked, v: Tracked, axes: tuple[Operand, Operand, Operand]
+) -> TokenMap:
     """The token map of operands with the given sides."""
     views = [
         {s: to_bhnd(c, operand.axes) for s, c in x.codes.items()}
@@ -112,9 +113,7 @@ def coordinates(source: Source, codes: torch.Tensor) -> list[torch.Tensor]:
     """Per axis of `source`, the index each code has there."""
     strides = itertools.accumulate(reversed((*source.shape[1:], 1)), lambda a, b: a * b)
     steps = list(reversed(list(strides)))
-    return [
-        codes.long() // step % side for step, side in zip(steps, source.shape, strict=True)
-    ]
+    return [codes.long() // step % side for step, side in zip(steps, source.shape, strict=True)]
 
 
 def varying_axes(source: Source, codes: torch.Tensor) -> list[int]:

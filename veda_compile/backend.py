@@ -76,9 +76,7 @@ def _compile_rewritten(
         teller = _teller(gm, finding, tellers)
         assert finding.layout is not None and finding.dims is not None
         # without a sidecar all layers of one size and grid are alike and share their inputs
-        key = (
-            f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
-        )
+        key = f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
         per_call = len(finding.layout.videos) if finding.sizes is None else 0
         inputs = PlanInputs(key, planner.score == "projection", per_call)
         groups.setdefault(inputs, []).append((finding, record))
@@ -137,9 +135,13 @@ def _bound(
     dims, layer = finding.dims, finding.layer
     assert dims is not None
     named = planner.card_by_name(layer.name)
-    by_mark = planner.sidecar is not None and bool(layer.parameters) and (
-        named is None and not planner.sidecar.layer_independent
-        or named is not None and named.fingerprint is not None
+    by_mark = (
+        planner.sidecar is not None
+        and bool(layer.parameters)
+        and (
+            (named is None and not planner.sidecar.layer_independent)
+            or (named is not None and named.fingerprint is not None)
+        )
     )
 
     def plan(mark: str | None, grids: Grids) -> Plan:
@@ -231,5 +233,3 @@ def _log(record: GraphRecord) -> None:
 def _compile_id(gm: fx.GraphModule) -> str:
     compile_id = gm.meta.get("dynamo_compile_id")
     return str(compile_id) if compile_id is not None else f"unnamed-{next(_unnamed)}"
-
-

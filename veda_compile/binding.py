@@ -31,12 +31,15 @@ class LayerMark:
         self._known = OrderedDict()
 
     def __call__(self, args: Sequence[Any]) -> str | None:
+        """The fingerprint of the layer that a call with these arguments belongs to."""
         tensors = [args[place] for place in self._places]
         key = tuple(id(tensor) for tensor in tensors)
         state = tuple(_state(tensor) for tensor in tensors)
         held = self._known.get(key)
-        if held is not None and held[1] == state and all(
-            ref() is tensor for ref, tensor in zip(held[0], tensors, strict=True)
+        if (
+            held is not None
+            and held[1] == state
+            and all(ref() is tensor for ref, tensor in zip(held[0], tensors, strict=True))
         ):
             return held[2]
         mark = fingerprint(tensors)

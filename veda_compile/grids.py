@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,17 @@ from .passes.sizes import example, example_tensor, hint
 
 Grids = tuple[Grid, ...]
 
+_INTEGER_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "FloorDiv": lambda a, b: a // b,
+    "CleanDiv": lambda a, b: a // b,
+    "Mod": lambda a, b: a % b,
+    "PythonMod": lambda a, b: a % b,
+    "floor": math.floor,
+    "Max": max,
+    "Min": min,
+}
+"""What the functions in torch's size expressions compute."""
+
 
 class GridTeller(Protocol):
     """Tells the grids of a site's video segments from the arguments of one call."""
@@ -35,26 +47,24 @@ class FixedGrids:
         self._grids = grids
 
     def __call__(self, args: Sequence[Any]) -> Grids:
+        """See `GridTeller`."""
         return self._grids
 
 
 class SymbolicGrids:
     """Grids that are expressions of the graph's size symbols."""
 
-    def __init__(
-        self, gm: fx.GraphModule, expressions: tuple[tuple[sympy.Expr, ...], ...]
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, expressions: tuple[tuple[sympy.Expr, ...], ...]) -> None:
         """expressions: (T, H, W) per video segment. Raises LayoutError for an unknown symbol."""
         symbols = sorted({s for grid in expressions for e in grid for s in e.free_symbols}, key=str)
         self._read = [_symbol_reader(gm, symbol) for symbol in symbols]
         flat = [e for grid in expressions for e in grid]
         self._evaluate: Callable[..., list[Any]] = sympy.lambdify(
-            symbols, flat, modules=[{"FloorDiv": lambda a, b: a // b, "CleanDiv": lambda a, b: a // b,
-                                     "Mod": lambda a, b: a % b, "PythonMod": lambda a, b: a % b,
-                                     "floor": lambda a: int(a // 1), "Max": max, "Min": min}]
-        )  # fmt: skip
+            symbols, flat, modules=[_INTEGER_FUNCTIONS]
+        )
 
     def __call__(self, args: Sequence[Any]) -> Grids:
+        """See `GridTeller`."""
         sides = [int(side) for side in self._evaluate(*(read(args) for read in self._read))]
         return tuple((sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3))
 
@@ -87,6 +97,7 @@ class PositionGrids:
         self._known: list[Grid] = []
 
     def __call__(self, args: Sequence[Any]) -> Grids:
+        """See `GridTeller`. Raises LayoutError where the positions form no raster grid."""
         value = args[self._place]
         version = 0 if value.is_inference() else value._version
         if self._last is not None and self._last[0]() is value and self._last[1] == version:
@@ -100,7 +111,7 @@ class PositionGrids:
         for grid in self._known:
             if confirms_grid(rows, grid):
                 return grid
-        found = grid_from_groupings(groupings(rows))
+        found = grid_from_groupings([labels for labels, _ in groupings(rows)])
         if found is None or not found.raster:
             raise LayoutError(
                 f"the positions of {rows.shape[0]} video tokens no longer form a T x H x W grid in "

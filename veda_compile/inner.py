@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from functorch.compile import aot_module_simplified, nop
 from torch import fx
+
+from .errors import VedaError
 
 Compiled = Callable[..., Any]
 
@@ -26,8 +28,10 @@ def compile_inner(
         return compiled
     from torch._inductor.compile_fx import compile_fx
 
-    result: Compiled = compile_fx(gm, list(inputs), config_patches=config_patches or None)
-    return result
+    result: Any = compile_fx(gm, list(inputs), config_patches=config_patches or None)
+    if not callable(result):
+        raise VedaError(f"Inductor returned a {type(result).__name__}, not a function")
+    return cast(Compiled, result)
 
 
 def fake_input(value: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,7 @@ class Planner:
             return Refusal(Reason.HEAD_SPLIT_UNPROVEN, f"{heads} heads in the call")
         card = self.card_by_name(layer.name)
         if card is not None:
-            sidecar.check_model(
-                [LayerCard(card.name, heads, head_dim, None)], complete=False
-            )
+            sidecar.check_model([LayerCard(card.name, heads, head_dim, None)], complete=False)
             return None
         if not any((c.heads, c.head_dim) == (heads, head_dim) for c in sidecar.model.layers):
             raise SidecarError(

@@ -38,6 +38,7 @@ class SiteRecord:
     fingerprint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `Report.to_dict` shows it."""
         return {
             "layer": self.layer,
             "verdict": "rewritten" if self.rewritten else "left",
@@ -120,10 +121,18 @@ def _cells(site: SiteRecord) -> tuple[str, ...]:
         name += f" ({len(site.layers)} layers)"
     if not site.rewritten:
         return name, f"dense: {site.reason}\n{site.explanation}", _grid(site), site.layout or ""
-    shapes = " ".join("x".join(map(str, shape)) for shape in site.tile_shapes[:4])
-    more = f" +{len(site.tile_shapes) - 4}" if len(site.tile_shapes) > 4 else ""
+    tiles = " ".join("x".join(map(str, shape)) for shape in site.tile_shapes[:4])
+    tiles += f" +{len(site.tile_shapes) - 4}" if len(site.tile_shapes) > 4 else ""
     density = "" if site.density is None else f"{site.density:.3f}"
-    return name, "sparse", _grid(site), site.layout or "", shapes + more, density, str(site.executor)
+    return (
+        name,
+        "sparse",
+        _grid(site),
+        site.layout or "",
+        tiles,
+        density,
+        str(site.executor),
+    )
 
 
 def _grid(site: SiteRecord) -> str:

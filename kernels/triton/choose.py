@@ -1,0 +1,117 @@
+"""Choosing key tiles from scores on the device: exact top-k by query tile, in ascending lists."""
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import choose_warps
+from .tables import KeyRows, LayerTables
+
+
+@triton.jit
+def choose_kernel(
+    scores_ptr,
+    log_sizes_ptr,
+    budgets_ptr,
+    first_ptr,
+    starts_ptr,
+    indices_ptr,
+    counts_ptr,
+    log_batch,
+    segments,
+    most_tiles,
+    width,
+    SIZED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program chooses for one query tile of one head.
+
+    scores: (B, H, n, n) float32; budgets: (H, n, V) int32; indices: (B, H, n, width) int32;
+    counts: (B, H, n) int32; all contiguous. SIZED adds the log of each key tile's rows.
+    Scores become integers of the same order, so that 31 halvings find the k-th largest exactly and
+    ties at it go to the lower tile number.
+    """
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    LOWEST: tl.constexpr = -2147483648
+    HIGHEST: tl.constexpr = 2147483647
+    LARGEST: tl.constexpr = 3.4028234663852886e38
+
+    starts = starts_ptr + head * (segments + 1)
+    columns = tl.arange(0, COLUMNS)
+    known = columns < tl.load(starts + segments)
+    line = (batch * tl.num_programs(1) + head) * most_tiles + row
+    scores = tl.load(scores_ptr + line * most_tiles + columns, mask=known, other=-float("inf"))
+    log_sizes = log_sizes_ptr + batch * log_batch + tl.load(first_ptr + head)
+    log_size = tl.load(log_sizes + columns, mask=known, other=-float("inf"))
+    if SIZED:
+        scores += log_size
+    # as in `tile_scores`: what is NaN is kept, so that it shows in the output
+    scores = tl.where(scores == scores, scores, LARGEST)
+    scores = tl.minimum(tl.maximum(scores, -LARGEST), LARGEST)
+    alive = log_size > -float("inf")
+
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
+    rank = tl.where(bits < 0, bits ^ HIGHEST, bits)
+    rank = tl.where(columns == row, HIGHEST, rank)
+    rank = tl.where(alive, rank, LOWEST)
+
+    kept = tl.zeros((COLUMNS,), tl.int32)
+    for segment in range(segments):
+        budget = tl.load(budgets_ptr + (head * most_tiles + row) * segments + segment)
+        start = tl.load(starts + segment)
+        stop = tl.load(starts + segment + 1)
+        here = tl.where((columns >= start) & (columns < stop), rank, LOWEST)
+        # the largest bound that at least `budget` ranks reach, built bit by bit from the sign
+        bound = tl.where(tl.sum((here >= 0).to(tl.int32), 0) >= budget, 0, LOWEST)
+        for step in range(31):
+            higher = bound | (1 << (30 - step))
+            bound = tl.where(tl.sum((here >= higher).to(tl.int32), 0) >= budget, higher, bound)
+        above = (here > bound).to(tl.int32)
+        level = ((here == bound) & (here > LOWEST)).to(tl.int32)
+        room = budget - tl.sum(above, 0)
+        kept += above + tl.where(tl.cumsum(level, 0) <= room, level, 0)
+
+    place = tl.cumsum(kept, 0) - 1
+    tl.store(indices_ptr + line * width + place, columns, mask=kept > 0)
+    tl.store(counts_ptr + line, tl.sum(kept, 0))
+
+
+def choose(
+    scores: torch.Tensor,
+    sized: bool,
+    keys: KeyRows,
+    tables: LayerTables,
+    budgets: torch.Tensor,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending key tiles (B, H, n, width) int32 and how many each query tile keeps (B, H, n).
+
+    scores: (B, H, n, n) float32, contiguous, anything past a head's last tile. sized: add the log
+    of the key tile's rows. budgets, width: see `budget_table`. The rules are `select_tiles`'.
+    """
+    batch, heads, tiles, _ = scores.shape
+    indices = torch.empty(batch, heads, tiles, width, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=scores.device)
+    columns = max(triton.next_power_of_2(tiles), 16)
+    choose_kernel[(tiles, heads, batch)](
+        scores,
+        keys.log_sizes,
+        budgets,
+        tables.first,
+        tables.starts,
+        indices,
+        counts,
+        keys.log_stride,
+        tables.segments,
+        tiles,
+        width,
+        SIZED=sized,
+        COLUMNS=columns,
+        num_warps=choose_warps(columns),
+    )
+    return indices, counts

@@ -1,0 +1,140 @@
+"""What the kernels need to know about a layer: all heads' tile tables stacked into one tensor.
+
+Heads may differ in tile shape, hence in tables and in number of tiles. One launch serves them all:
+every head has the number of its first table row, and programs past its last tile return at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..budget import tiles_to_keep
+from ..layout import Layout
+from ..plan import TileShape
+from ..tiles import tile_table
+
+# the device is named: torch.set_default_device must not reach a cached table
+_INTS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTables:
+    """Stacked tile tables; R table rows over all groups of heads, V video segments.
+
+    rows: (R, S) int32, token positions, -1 where a tile has no more. A group's video tiles come
+        first, then `extra_tiles` tiles that hold the extra tokens.
+    log_sizes: (R,) float32, log of the real rows of each tile.
+    first: (H,) int32, the row of `rows` where the head's tiles begin.
+    starts: (H, V + 1) int32, first tile of each video segment of the head, and its tile count.
+    most_tiles: the largest tile count of any head. extra_tiles: the same for all heads.
+    """
+
+    rows: torch.Tensor
+    log_sizes: torch.Tensor
+    first: torch.Tensor
+    starts: torch.Tensor
+    most_tiles: int
+    extra_tiles: int
+
+    @property
+    def segments(self) -> int:
+        return self.starts.shape[1] - 1
+
+    @property
+    def tile_size(self) -> int:
+        return self.rows.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRows:
+    """The stacked table as keys see it: rows (B or 1, R, S) and log_sizes (B or 1, R)."""
+
+    rows: torch.Tensor
+    log_sizes: torch.Tensor
+
+    @property
+    def rows_stride(self) -> int:
+        """Elements of `rows` from one batch element to the next; 0 when they share."""
+        return self.rows.stride(0) if self.rows.shape[0] > 1 else 0
+
+    @property
+    def log_stride(self) -> int:
+        """Elements of `log_sizes` from one batch element to the next; 0 when they share."""
+        return self.log_sizes.stride(0) if self.log_sizes.shape[0] > 1 else 0
+
+
+@lru_cache(maxsize=256)
+def layer_tables(
+    layout: Layout, tile_shapes: tuple[TileShape, ...], device: torch.device
+) -> LayerTables:
+    """The stacked tables of `layout` for heads with `tile_shapes`; cached, read-only."""
+    cpu = torch.device("cpu")
+    shapes = list(dict.fromkeys(tile_shapes))
+    tables = [tile_table(layout, shape, cpu) for shape in shapes]
+    extra = _extra_tiles(tables[0].extra, tables[0].rows.shape[1])
+    begin, begins = 0, {}
+    for shape, table in zip(shapes, tables, strict=True):
+        begins[shape] = begin
+        begin += table.tiles + extra.shape[0]
+    starts = {shape: table.starts for shape, table in zip(shapes, tables, strict=True)}
+    rows = torch.cat([block for table in tables for block in (table.rows, extra)])
+    return LayerTables(
+        rows.to(device),
+        _log_sizes(rows).to(device),
+        torch.tensor([begins[shape] for shape in tile_shapes], **_INTS).to(device),
+        torch.tensor([starts[shape] for shape in tile_shapes], **_INTS).to(device),
+        max(table.tiles for table in tables),
+        extra.shape[0],
+    )
+
+
+def key_rows(tables: LayerTables, key_valid: torch.Tensor | None) -> KeyRows:
+    """The table without the keys that `key_valid` (B, N) bool rules out.
+
+    Taking them out here spares every kernel a second mask. Nothing is read back to the host.
+    """
+    if key_valid is None:
+        return KeyRows(tables.rows[None], tables.log_sizes[None])
+    seen = key_valid[:, tables.rows.clamp(min=0).long().flatten()].view(-1, *tables.rows.shape)
+    rows = torch.where(seen, tables.rows, -1)
+    return KeyRows(rows, _log_sizes(rows))
+
+
+@lru_cache(maxsize=256)
+def budget_table(
+    layout: Layout,
+    tile_shapes: tuple[TileShape, ...],
+    density: Sequence[float],
+    device: torch.device,
+) -> tuple[torch.Tensor, int]:
+    """(H, n, V) int32 tiles kept by query tile, 0 past a head's last, and the largest row total.
+
+    The total comes from budgets alone, so that sizing a selection waits for no device data.
+    """
+    keeps = [
+        tiles_to_keep(layout, shape, share)
+        for shape, share in zip(tile_shapes, density, strict=True)
+    ]
+    most = max(keep.shape[0] for keep in keeps)
+    budgets = torch.zeros(len(keeps), most, keeps[0].shape[1], **_INTS)
+    for head, keep in enumerate(keeps):
+        budgets[head, : keep.shape[0]] = keep
+    return budgets.to(device), int(budgets.sum(-1).max())
+
+
+def _log_sizes(rows: torch.Tensor) -> torch.Tensor:
+    """Log of the rows counted in each tile, -inf for none."""
+    return torch.log((rows >= 0).sum(-1).float())
+
+
+def _extra_tiles(positions: torch.Tensor, tile_size: int) -> torch.Tensor:
+    """(X, S) int32: the extra tokens cut into tiles, the last one ending in -1."""
+    count = -(-len(positions) // tile_size)
+    padded = positions.new_full((count * tile_size,), -1)
+    padded[: len(positions)] = positions
+    return padded.view(count, tile_size)

@@ -1,0 +1,188 @@
+"""Ahead-of-time compilation of the Triton kernels as they ship; run as a program, prints JSON.
+
+The executor runs on meta tensors with every launch recorded in place of running it, so what is
+compiled is what would be launched: the same arguments, constants and options. Needs no GPU.
+TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from veda_compile.kernels.call import DTYPES, AttentionCall
+from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.plan import Plan
+from veda_compile.kernels.triton import attend, choose, pool
+from veda_compile.kernels.triton.configs import HEAD_DIMS, TILE_SIZES
+from veda_compile.kernels.triton.executor import TritonExecutor
+
+CAPABILITIES = (80, 90, 100)
+_KERNELS = {
+    "attend": attend.attend_kernel,
+    "choose": choose.choose_kernel,
+    "pool": pool.pool_kernel,
+}
+_OPTIONS = ("num_warps", "num_stages")
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+_SHAPES = {64: ((4, 4, 4), (1, 8, 8)), 128: ((4, 4, 8), (1, 8, 16))}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel specialisation for one GPU generation, by parameter name."""
+
+    kernel: str
+    capability: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out. stack: bytes per thread, more than 0 where registers spill."""
+
+    kernel: str
+    capability: int
+    dtype: str
+    constants: dict[str, Any]
+    options: dict[str, int]
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+
+
+def shipped_jobs() -> list[Job]:
+    """Every specialisation the executor launches, for realistic inputs, without repeats."""
+    launches: list[tuple[str, dict[str, Any]]] = []
+
+    def record(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        name = next(key for key, kernel in _KERNELS.items() if kernel is self)
+        named = dict(zip(inspect.signature(self.fn).parameters, args, strict=False))
+        launches.append((name, named | kwargs))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        for call in _calls():
+            executor = TritonExecutor()
+            executor.attend(call, executor.select(call))
+    finally:
+        JITFunction.run = original
+    found = (_job(name, given, arch) for arch in CAPABILITIES for name, given in launches)
+    return list(dict.fromkeys(found))
+
+
+def _calls() -> Iterator[AttentionCall]:
+    layout = Layout.of(Video(21, 45, 80), Extra(512))
+    for head_dim in HEAD_DIMS:
+        for size in TILE_SIZES:
+            plan = Plan(_SHAPES[size] * 8, (0.1,) * 16)
+            for dtype in DTYPES:
+                yield _call(layout, plan, head_dim, dtype)
+    yield _call(layout, Plan.uniform(16, (4, 4, 8), 0.1, "mean"), 128, torch.bfloat16)
+    projection = torch.empty(2, 16, 384, 128, device="meta")
+    trained = Plan(((4, 4, 8),) * 16, (0.1,) * 16, "projection", projection)
+    yield _call(layout, trained, 128, torch.bfloat16)
+
+
+def _call(layout: Layout, plan: Plan, head_dim: int, dtype: torch.dtype) -> AttentionCall:
+    q, k, v = torch.empty(
+        3, 1, layout.length, plan.heads, head_dim, dtype=dtype, device="meta"
+    ).transpose(2, 3)
+    return AttentionCall(q, k, v, layout, plan, head_dim**-0.5)
+
+
+def _job(kernel: str, given: dict[str, Any], capability: int) -> Job:
+    """The specialisation Triton's launcher derives from arguments, spelled out."""
+    signature, constants, divisible = [], [], []
+    for parameter in _KERNELS[kernel].params:
+        value = given[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+            continue
+        if isinstance(value, torch.Tensor):
+            signature.append((parameter.name, _TYPES[value.dtype]))
+            divisible.append(parameter.name)  # allocations are aligned
+        elif isinstance(value, float):
+            signature.append((parameter.name, "fp32"))
+        else:
+            signature.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(parameter.name)
+    options = tuple((name, given[name]) for name in _OPTIONS if name in given)
+    return Job(kernel, capability, tuple(signature), tuple(constants), tuple(divisible), options)
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile to machine code and read its resource use back from it."""
+    kernel = _KERNELS[job.kernel]
+    places = {parameter.name: (parameter.num,) for parameter in kernel.params}
+    source = ASTSource(
+        kernel,
+        dict(job.signature),
+        {places[name]: value for name, value in job.constants},
+        {places[name]: [["tt.divisibility", 16]] for name in job.divisible},
+    )
+    target = GPUTarget("cuda", job.capability, 32)
+    built = triton.compile(source, target=target, options=dict(job.options))
+    usage, sass = _disassemble(built.asm["cubin"])
+    return Compiled(
+        job.kernel,
+        job.capability,
+        dict(job.signature)[kernel.params[0].name].removeprefix("*"),
+        {name: value for name, value in job.constants if name.isupper()},
+        dict(job.options),
+        int(usage["REG"]),
+        int(usage["STACK"]) + int(usage["LOCAL"]),
+        built.metadata.shared,
+        len(re.findall(r"\bHGMMA\b", sass)),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:
+    """Resource use by name, and the machine code as text."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True)
+            for option in ("-res-usage", "-sass")
+        )
+    return dict(re.findall(r"\b([A-Z]+):(\d+)", usage.stdout)), sass.stdout
+
+
+def main() -> None:
+    jobs = shipped_jobs()
+    with ProcessPoolExecutor(2) as workers:
+        done = list(workers.map(compile_job, jobs))
+    Path(sys.argv[1]).write_text(json.dumps([asdict(result) for result in done]))
+
+
+if __name__ == "__main__":
+    main()

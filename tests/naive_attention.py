@@ -1,0 +1,117 @@
+"""A deliberately naive tile-sparse attention in float64, independent of the project's own.
+
+It knows nothing of tile tables or lists: a token's tile is told by its coordinates, and everything
+is a loop over tokens or tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import torch
+from veda_compile.kernels.call import AttentionCall
+from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.plan import TileShape
+
+Box = tuple[int, int, int, int]
+"""A tile: (segment, box along t, along h, along w)."""
+
+
+def boxes_of_tokens(layout: Layout, shape: TileShape) -> list[Box | None]:
+    """The tile of every token, None for extra tokens."""
+    found: list[Box | None] = []
+    for number, segment in enumerate(layout.segments):
+        if isinstance(segment, Video):
+            for t, h, w in itertools.product(*map(range, segment.grid)):
+                found.append((number, t // shape[0], h // shape[1], w // shape[2]))
+        else:
+            found += [None] * segment.length
+    return found
+
+
+def naive_attention(
+    call: AttentionCall,
+) -> tuple[torch.Tensor, torch.Tensor, list[list[dict[Box, list[Box]]]]]:
+    """(out, lse, kept): kept[b][h] maps every query tile to the key tiles it keeps."""
+    batch, heads, tokens, head_dim = call.q.shape
+    out = torch.zeros(batch, heads, tokens, head_dim, dtype=torch.float64)
+    lse = torch.full((batch, heads, tokens), -math.inf, dtype=torch.float64)
+    kept: list[list[dict[Box, list[Box]]]] = []
+    for b in range(batch):
+        kept.append([])
+        for h in range(heads):
+            q, kv = call.q[b, h].double(), h // (heads // call.k.shape[1])
+            k, v = call.k[b, kv].double(), call.v[b, kv].double()
+            valid = [call.key_valid is None or bool(call.key_valid[b, n]) for n in range(tokens)]
+            lists = naive_selection(call, h, q, k, valid)
+            kept[b].append(lists)
+            box_of = boxes_of_tokens(call.layout, call.plan.tile_shapes[h])
+            for n in range(tokens):
+                keys = [m for m in range(tokens) if valid[m] and _attends(box_of, lists, n, m)]
+                if keys:
+                    logits = call.scale * (k[keys] @ q[n])
+                    lse[b, h, n] = torch.logsumexp(logits, 0)
+                    out[b, h, n] = torch.softmax(logits, 0) @ v[keys]
+    return out, lse, kept
+
+
+def _attends(box_of: list[Box | None], lists: dict[Box, list[Box]], query: int, key: int) -> bool:
+    q_box, k_box = box_of[query], box_of[key]
+    return q_box is None or k_box is None or k_box in lists[q_box]
+
+
+def naive_selection(
+    call: AttentionCall, head: int, q: torch.Tensor, k: torch.Tensor, valid: list[bool]
+) -> dict[Box, list[Box]]:
+    """The key tiles every query tile keeps, by the closed form or the mean score."""
+    plan, shape = call.plan, call.plan.tile_shapes[head]
+    members: dict[Box, list[int]] = {}
+    for token, box in enumerate(boxes_of_tokens(call.layout, shape)):
+        if box is not None:
+            members.setdefault(box, []).append(token)
+    keys = {box: [n for n in rows if valid[n]] for box, rows in members.items()}
+    lists: dict[Box, list[Box]] = {}
+    for segment in sorted({box[0] for box in members}):
+        q_boxes = sorted(box for box in members if box[0] == segment)
+        for place, q_box in enumerate(q_boxes):
+            lists[q_box] = []
+            for k_segment in sorted({box[0] for box in members}):
+                k_boxes = sorted(box for box in members if box[0] == k_segment)
+                budget = _budget(
+                    plan.density[head],
+                    math.prod(shape),
+                    sum(len(members[box]) for box in q_boxes),
+                    sum(len(members[box]) for box in k_boxes),
+                    place,
+                    len(q_boxes),
+                )
+                if plan.density[head] == 1.0:
+                    budget = len(k_boxes)
+                ranked = sorted(
+                    (box for box in k_boxes if keys[box]),
+                    key=lambda box: (
+                        box != q_box,
+                        -naive_score(plan.score, q[members[q_box]], k[keys[box]], call.scale),
+                        box,
+                    ),
+                )
+                lists[q_box] += ranked[: max(budget, 1)]
+    return lists
+
+
+def _budget(density: float, size: int, q_tokens: int, k_tokens: int, place: int, tiles: int) -> int:
+    ideal = math.ceil(q_tokens / size) * math.ceil(k_tokens / size)
+    share = Fraction(str(density)) * ideal / tiles
+    whole, part = divmod(share, 1)
+    return int(whole) + int(math.floor((place + 1) * part) > math.floor(place * part))
+
+
+def naive_score(score: str, q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
+    """Of the rows q of a query tile and the rows k of a key tile, both (rows, D)."""
+    mean = scale * float(q.mean(0) @ k.mean(0))
+    if score == "mean":
+        return mean
+    variance = ((k - k.mean(0)) ** 2).mean(0)
+    return math.log(len(k)) + mean + scale**2 / 2 * float((q**2).mean(0) @ variance)
