@@ -15,8 +15,9 @@ from .attention_ops import registered_names
 from .compute import attention
 from .grid_sizes import LayoutSizes, find_sizes
 from .layers import Layer, find_layer, vector_parameters
-from .layout import Evidence, Grid, SiteLayout, find_layout
+from .layout import Grid, SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
+from .positions import Evidence
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites

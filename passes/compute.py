@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .codes import Source, Tracked, aligned, collapse, reduce_dims, union
-from .movement import Rule, Shape, Value
+from .indexing import Shape
+from .movement import Rule, Value
 
 _KEEPS_PLACES = frozenset(
     """to float half bfloat16 double type type_as contiguous clone detach alias data cpu cuda

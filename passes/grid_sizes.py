@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from .codes import NONE, Source
-from .layout import Evidence, Run, SiteLayout
+from .layout import Run, SiteLayout
+from .positions import Evidence
 from .provenance import Provenance
 from .sizes import Size, equal, example_tensor, expression, hint
 from .token_map import coordinates

@@ -9,26 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import fx
 
-from .codes import NONE, Source, SourceKind
-from .partition import PositionGrid, grid_from_groupings, groupings
+from .codes import NONE, Source
+from .positions import Evidence, PositionInput, Told, position_grids
 from .reasons import Reason, Refusal
 from .token_map import TokenMap, coordinates, varying_axes
 
 Grid = tuple[int, int, int]
-
-
-class Evidence(Enum):
-    """How a grid was found."""
-
-    LATENT = "axes of the latent"
-    POSITIONS = "positions computed in the graph"
-    VALUES = "values of a position input"
-    OPTION = "option grid"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +33,6 @@ class Run:
     length: int
     sides: tuple[tuple[Source, int], ...] = ()
     grid: Grid | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PositionInput:
-    """A graph input whose rows along `axis` are the video tokens, in order."""
-
-    node: fx.Node
-    axis: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +66,7 @@ def find_layout(
     if latent:
         videos = [run for run in latent if run.grid is not None]
         if len(videos) == 1:
-            told = _position_grids(tokens, videos[0], holders, values)
+            told = position_grids(tokens, _rows(videos[0]), holders, values)
             conflict = _conflict(videos[0].grid, told, option)
             if conflict is not None:
                 return conflict
@@ -155,7 +137,7 @@ def _packed_layout(
     ]
     one_axis_positions = False
     for place, run in enumerate(runs):
-        told = _position_grids(tokens, run, holders, values)
+        told = position_grids(tokens, _rows(run), holders, values)
         known = [(evidence, say) for evidence, say in told.items() if say.found is not None]
         if known:
             evidence, say = known[0]
@@ -182,93 +164,7 @@ def _packed_layout(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Say:
-    """What one kind of positional evidence says about a run."""
-
-    found: PositionGrid | None
-    sides: tuple[tuple[Source, int], ...] = ()
-    position_input: PositionInput | None = None
-
-
-_Told = dict[Evidence, _Say]
-
-
-def _position_grids(
-    tokens: TokenMap,
-    run: Run,
-    holders: Mapping[Source, fx.Node],
-    values: Mapping[fx.Node, object],
-) -> _Told:
-    """What positions say about a run, by kind of evidence; {} where there are no positions."""
-    told: _Told = {}
-    rows = slice(run.start, run.start + run.length)
-    made: list[tuple[torch.Tensor, tuple[Source, int]]] = []
-    for source, columns in tokens.positional.items():
-        if source.kind is not SourceKind.INPUT:
-            made += _axis_groupings(source, columns[rows])
-            continue
-        read = _value_groupings(source, columns[rows], values.get(holders[source]))
-        held = told.get(Evidence.VALUES)
-        if read is not None and (held is None or held.found is None):
-            position = PositionInput(holders[source], read[1])
-            told[Evidence.VALUES] = _Say(grid_from_groupings(read[0]), (), position)
-    if made:
-        distinct = _distinct(made)
-        found = grid_from_groupings([labels for labels, _ in distinct])
-        sides = () if found is None else tuple(distinct[i][1] for i in found.members)
-        told = {Evidence.POSITIONS: _Say(found, sides), **told}
-    return told
-
-
-def _axis_groupings(
-    source: Source, columns: torch.Tensor
-) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
-    """The groupings of columns that follow one axis of a source, with that axis."""
-    found = []
-    for labels, column in groupings(columns):
-        codes = columns[:, column]
-        axes = varying_axes(source, codes)
-        if len(axes) == 1 and not bool((codes == NONE).any()):
-            found.append((labels, (source, axes[0])))
-    return found
-
-
-def _value_groupings(
-    source: Source, columns: torch.Tensor, value: object
-) -> tuple[list[torch.Tensor], int] | None:
-    """Groupings by the values of a positional input whose rows are the run's tokens in order."""
-    rows = columns.amax(1)
-    axes = varying_axes(source, rows)
-    if bool((rows == NONE).any()) or len(axes) != 1:
-        return None
-    places = coordinates(source, rows)[axes[0]]
-    if not torch.equal(places, torch.arange(source.shape[axes[0]])):
-        return None
-    if not isinstance(value, torch.Tensor) or torch._subclasses.fake_tensor.is_fake(value):
-        return None
-    return [labels for labels, _ in groupings(position_rows(value, axes[0]))], axes[0]
-
-
-def position_rows(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """(N, F) rows of a positional tensor along `axis`, first batch element, complex as pairs."""
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    value = value.detach().movedim(axis, 0)
-    return value.reshape(value.shape[0], -1)
-
-
-def _distinct(
-    made: list[tuple[torch.Tensor, tuple[Source, int]]],
-) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
-    kept: list[tuple[torch.Tensor, tuple[Source, int]]] = []
-    for labels, side in made:
-        if not any(torch.equal(labels, other) for other, _ in kept):
-            kept.append((labels, side))
-    return kept
-
-
-def _conflict(grid: Grid | None, told: _Told, option: Grid | None) -> Refusal | None:
+def _conflict(grid: Grid | None, told: Told, option: Grid | None) -> Refusal | None:
     """A refusal if other evidence, or the user, names another grid."""
     for evidence, say in told.items():
         if say.found is not None and say.found.grid != grid:
@@ -301,6 +197,10 @@ def _append(ordered: list[Run], run: Run) -> None:
         ordered[-1] = Run(last.start, last.length + run.length)
     else:
         ordered.append(run)
+
+
+def _rows(run: Run) -> slice:
+    return slice(run.start, run.start + run.length)
 
 
 def _spans(mask: torch.Tensor) -> list[tuple[int, int]]:

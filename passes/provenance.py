@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compute, movement
+from . import compute, indexing, movement
 from .codes import Source, SourceKind, Tracked
 from .sizes import example, hint, shape_hints
 from .subgraphs import output_value, subgraph_call
@@ -155,7 +155,7 @@ class Provenance:
         key = ("setitem", _freeze(base), _freeze(index), _freeze(written))
         if key not in self._memo:
             try:
-                self._memo[key] = movement.assign(base, index, written)
+                self._memo[key] = indexing.assign(base, index, written)
             except _UNFOLLOWED as refusal:
                 self.unknown.add(f"setitem ({refusal})")
                 self._memo[key] = Tracked(base.shape)
@@ -178,7 +178,7 @@ class Provenance:
             if base is not None and isinstance(target.args[0], fx.Node):
                 index = self._resolve(target.args[1])
                 try:
-                    self.values[target.args[0]] = movement.assign(base, index, result)
+                    self.values[target.args[0]] = indexing.assign(base, index, result)
                 except _UNFOLLOWED as refusal:
                     self.unknown.add(f"in-place write ({refusal})")
                     self.values[target.args[0]] = Tracked(base.shape)

@@ -13,8 +13,9 @@ from torch import fx
 
 from .errors import LayoutError
 from .kernels.layout import Video
-from .passes.layout import Grid, PositionInput, position_rows
+from .passes.layout import Grid
 from .passes.partition import confirms_grid, grid_from_groupings, groupings
+from .passes.positions import PositionInput, position_rows
 from .passes.rewrite import input_positions
 from .passes.sizes import example, example_tensor, hint
 

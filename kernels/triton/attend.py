@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..call import AttentionCall, Selection, empty_output
-from .configs import attend_config
+from .configs import attend_config, gpu_generation
 from .tables import KeyRows, LayerTables
 
 
@@ -141,7 +141,7 @@ def attend(
     out = empty_output(q)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     indices = selection.indices.contiguous()
-    config = attend_config(head_dim, tables.tile_size, q.dtype)
+    config = attend_config(head_dim, tables.tile_size, q.dtype, gpu_generation(q.device))
     programs = (tables.most_tiles + tables.extra_tiles) * (tables.tile_size // config.block_m)
     attend_kernel[(programs, heads, batch)](
         q,
@@ -175,5 +175,6 @@ def attend(
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return out, lse

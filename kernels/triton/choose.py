@@ -113,5 +113,6 @@ def choose(
         SIZED=sized,
         COLUMNS=columns,
         num_warps=choose_warps(columns),
+        enable_fp_fusion=True,
     )
     return indices, counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -23,8 +24,17 @@ class AttendConfig:
     num_stages: int
 
 
+# by (head_dim, tile_size); each compiles without register spills
 _HALF = {
-    # (head_dim, tile_size)
+    (64, 64): AttendConfig(64, 64, 4, 3),
+    (64, 128): AttendConfig(128, 64, 8, 3),
+    (96, 64): AttendConfig(64, 32, 4, 3),
+    (96, 128): AttendConfig(128, 32, 8, 3),
+    (128, 64): AttendConfig(64, 32, 4, 3),
+    (128, 128): AttendConfig(128, 32, 8, 3),
+}
+# where the matrix unit reads operands from shared memory, registers are left for wider steps
+_HALF_FROM_SHARED = {
     (64, 64): AttendConfig(64, 64, 4, 3),
     (64, 128): AttendConfig(128, 64, 8, 3),
     (96, 64): AttendConfig(64, 64, 4, 3),
@@ -32,20 +42,27 @@ _HALF = {
     (128, 64): AttendConfig(64, 64, 4, 3),
     (128, 128): AttendConfig(128, 64, 8, 3),
 }
-_SINGLE = {
-    (64, 64): AttendConfig(64, 32, 4, 2),
-    (64, 128): AttendConfig(64, 32, 4, 2),
-    (96, 64): AttendConfig(64, 32, 8, 2),
-    (96, 128): AttendConfig(64, 32, 8, 2),
-    (128, 64): AttendConfig(64, 32, 8, 2),
-    (128, 128): AttendConfig(64, 32, 8, 2),
-}
+# float32 products are three TF32 ones each, with both parts of each operand in registers
+_SINGLE = AttendConfig(32, 32, 4, 2)
 
 
-def attend_config(head_dim: int, tile_size: int, dtype: torch.dtype) -> AttendConfig:
-    """The forward kernel's launch for calls that `TritonExecutor.verify` accepts."""
-    table = _SINGLE if dtype == torch.float32 else _HALF
+def attend_config(
+    head_dim: int, tile_size: int, dtype: torch.dtype, generation: int
+) -> AttendConfig:
+    """The forward kernel's launch for calls that `TritonExecutor.verify` accepts.
+
+    generation: see `gpu_generation`.
+    """
+    if dtype == torch.float32:
+        return _SINGLE
+    table = _HALF_FROM_SHARED if generation in (9, 10) else _HALF
     return table[head_dim, tile_size]
+
+
+@lru_cache(maxsize=64)
+def gpu_generation(device: torch.device) -> int:
+    """The major compute capability, 9 for Hopper; 0 for what is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def pool_warps(head_dim: int, tile_size: int) -> int:

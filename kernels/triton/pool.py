@@ -119,5 +119,6 @@ def pool(
         FEATURES=out.shape[-1],
         MOMENT=moment,
         num_warps=pool_warps(head_dim, tables.tile_size),
+        enable_fp_fusion=True,
     )
     return out

@@ -1,0 +1,179 @@
+"""Regional compilation: few graphs serve all blocks and resolutions, each with its true grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from small_transformers import (
+    EXACT,
+    QUICK,
+    TEXT,
+    Grid,
+    Inputs,
+    cogvideox,
+    cogvideox_inputs,
+    distance,
+    hunyuan,
+    hunyuan_inputs,
+    ltx,
+    ltx_inputs,
+    run,
+    run_by_hand,
+    wan,
+    wan_inputs,
+)
+from torch._dynamo.utils import counters
+
+import veda_compile
+from veda_compile.kernels.layout import Extra, Layout, Segment, Video
+from veda_compile.kernels.plan import Plan, least_padding_shape
+
+DENSITY = 0.3
+OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}
+LANDSCAPE, PORTRAIT = (4, 8, 12), (4, 12, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    veda_compile.reset_report()
+    yield
+    torch.compiler.reset()
+
+
+def compiles() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def sparse_sites() -> list[dict[str, Any]]:
+    graphs = veda_compile.report().to_dict()["graphs"]
+    return [s for graph in graphs for s in graph["sites"] if s["verdict"] == "rewritten"]
+
+
+def grids_seen() -> set[Grid]:
+    return {tuple(grid) for site in sparse_sites() for grid in site["grids"]}
+
+
+def by_hand(
+    model: Any, inputs: Inputs, grid: Grid, layers: Sequence[str], extra: str = ""
+) -> torch.Tensor:
+    """What the model must return: the op told the true grid, in every layer of its own."""
+    text: tuple[Segment, ...] = (Extra(TEXT),)
+    segments = {"": (), "before": text, "after": text}[extra]
+    video: tuple[Segment, ...] = (Video(*grid),)
+    layout = Layout(segments + video if extra == "before" else video + segments)
+    shape = least_padding_shape(Layout.of(Video(*grid)), 64)
+    plan = Plan.uniform(2, shape, DENSITY)
+    return run_by_hand(model, inputs, layout, dict.fromkeys(layers, plan))
+
+
+def test_twelve_blocks_are_one_compile() -> None:
+    model = wan(layers=12)
+    inputs = wan_inputs(LANDSCAPE)
+    wanted = by_hand(model, inputs, LANDSCAPE, [f"blocks.{i}.attn1" for i in range(12)])
+    dense = run(model, inputs)
+    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
+    found = run(model, inputs)
+    assert distance(found, wanted) <= EXACT
+    assert distance(found, dense) > 100 * EXACT  # sparse attention is not dense attention
+    assert compiles() == len(veda_compile.report().graphs) == 1
+    assert [site["layer"] for site in sparse_sites()] == ["attn1"]
+
+
+@pytest.mark.parametrize("first", [LANDSCAPE, PORTRAIT])
+def test_a_flip_reuses_the_graph_with_the_other_grid(first: Grid) -> None:
+    model = wan(layers=2)
+    layers = ["blocks.0.attn1", "blocks.1.attn1"]
+    second = PORTRAIT if first == LANDSCAPE else LANDSCAPE
+    wanted = {g: by_hand(model, wan_inputs(g), g, layers) for g in (first, second)}
+    mistaken = by_hand(model, wan_inputs(second), first, layers)
+    assert distance(mistaken, wanted[second]) > 100 * EXACT  # a stale grid would be seen
+    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
+    for grid in (first, second, first, second):
+        assert distance(run(model, wan_inputs(grid)), wanted[grid]) <= EXACT
+        (site,) = sparse_sites()
+        assert grid in site["grids"]
+    assert compiles() == 1
+    assert grids_seen() == {first, second}
+
+
+RESOLUTIONS = (LANDSCAPE, PORTRAIT, (5, 6, 10), (3, 10, 14))
+
+
+def test_four_resolutions_need_no_more_compiles_than_plain_dynamo() -> None:
+    layers = [f"blocks.{i}.attn1" for i in range(3)]
+    plain = wan()
+    wanted = {g: by_hand(plain, wan_inputs(g), g, layers) for g in RESOLUTIONS}
+    plain.compile_repeated_blocks(backend="aot_eager")
+    for grid in RESOLUTIONS:
+        run(plain, wan_inputs(grid))
+    needed = compiles()
+    torch.compiler.reset()
+    counters.clear()
+
+    model = wan()
+    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
+    for grid in (*RESOLUTIONS, *reversed(RESOLUTIONS)):
+        assert distance(run(model, wan_inputs(grid)), wanted[grid]) <= EXACT, grid
+    assert compiles() == needed <= 2
+    assert grids_seen() == set(RESOLUTIONS)
+
+
+def test_positions_written_in_place_are_read_again() -> None:
+    """A buffer of positions that is filled anew holds another grid under the same identity."""
+    model = cogvideox()
+    layers = [f"transformer_blocks.{i}.attn1" for i in range(3)]
+    wanted = {
+        g: by_hand(model, cogvideox_inputs(g), g, layers, "before") for g in (LANDSCAPE, PORTRAIT)
+    }
+    for block in model.transformer_blocks:
+        block.compile(backend="veda", options=OPTIONS)
+    held = cogvideox_inputs(LANDSCAPE)["image_rotary_emb"]
+    for grid in (LANDSCAPE, PORTRAIT, LANDSCAPE):
+        inputs = cogvideox_inputs(grid)
+        for buffer, value in zip(held, inputs["image_rotary_emb"], strict=True):
+            buffer.copy_(value)
+        found = run(model, {**inputs, "image_rotary_emb": held})
+        assert distance(found, wanted[grid]) <= EXACT, grid
+
+
+def compile_regions(model: Any) -> None:
+    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
+
+
+def compile_blocks(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.compile(backend="veda", options=OPTIONS)
+
+
+DUAL = [f"transformer_blocks.{i}.attn" for i in range(2)]
+SINGLE = [f"single_transformer_blocks.{i}.attn" for i in range(2)]
+
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "hunyuan": (hunyuan, hunyuan_inputs, compile_regions, DUAL + SINGLE, "after"),
+    "ltx": (ltx, ltx_inputs, compile_regions,
+            [f"transformer_blocks.{i}.attn1" for i in range(3)], ""),
+    "cogvideox": (cogvideox, cogvideox_inputs, compile_blocks,
+                  [f"transformer_blocks.{i}.attn1" for i in range(3)], "before"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family: str) -> None:
+    build: Callable[[], Any]
+    build, inputs_of, compile_model, layers, extra = FAMILIES[family]
+    model = build()
+    grids = (LANDSCAPE, PORTRAIT)
+    wanted = {g: by_hand(model, inputs_of(g), g, layers, extra) for g in grids}
+    dense = run(model, inputs_of(LANDSCAPE))
+    compile_model(model)
+    for grid in (*grids, LANDSCAPE):
+        assert distance(run(model, inputs_of(grid)), wanted[grid]) <= EXACT, grid
+    assert distance(wanted[LANDSCAPE], dense) > 100 * EXACT
+    assert grids_seen() == set(grids)
+    assert compiles() <= 3  # HunyuanVideo has two kinds of block, and its text is refined apart
+    assert all(site["evidence"] for site in sparse_sites())
