@@ -119,7 +119,7 @@ def ltx() -> Any:
         num_attention_heads=2,
         attention_head_dim=24,
         cross_attention_dim=48,
-        num_layers=3,
+        num_layers=2,
         caption_channels=16,
     )
     return with_random_norms(model, 0)
@@ -150,7 +150,7 @@ def cogvideox() -> Any:
         out_channels=4,
         time_embed_dim=8,
         text_embed_dim=16,
-        num_layers=3,
+        num_layers=2,
         patch_size=2,
         max_text_seq_length=TEXT,
         use_rotary_positional_embeddings=True,

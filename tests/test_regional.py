@@ -123,57 +123,51 @@ def test_four_resolutions_need_no_more_compiles_than_plain_dynamo() -> None:
     assert grids_seen() == set(RESOLUTIONS)
 
 
-def test_positions_written_in_place_are_read_again() -> None:
+def test_cogvideox_and_positions_written_in_place() -> None:
     """A buffer of positions that is filled anew holds another grid under the same identity."""
     model = cogvideox()
-    layers = [f"transformer_blocks.{i}.attn1" for i in range(3)]
+    layers = [f"transformer_blocks.{i}.attn1" for i in range(2)]
     wanted = {
         g: by_hand(model, cogvideox_inputs(g), g, layers, "before") for g in (LANDSCAPE, PORTRAIT)
     }
     for block in model.transformer_blocks:
         block.compile(backend="veda", options=OPTIONS)
-    held = cogvideox_inputs(LANDSCAPE)["image_rotary_emb"]
-    for grid in (LANDSCAPE, PORTRAIT, LANDSCAPE):
+    for grid in (LANDSCAPE, PORTRAIT):
+        assert distance(run(model, cogvideox_inputs(grid)), wanted[grid]) <= EXACT, grid
+    held = cogvideox_inputs(PORTRAIT)["image_rotary_emb"]
+    for grid in (PORTRAIT, LANDSCAPE, PORTRAIT):
         inputs = cogvideox_inputs(grid)
         for buffer, value in zip(held, inputs["image_rotary_emb"], strict=True):
             buffer.copy_(value)
         found = run(model, {**inputs, "image_rotary_emb": held})
         assert distance(found, wanted[grid]) <= EXACT, grid
-
-
-def compile_regions(model: Any) -> None:
-    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
-
-
-def compile_blocks(model: Any) -> None:
-    for block in model.transformer_blocks:
-        block.compile(backend="veda", options=OPTIONS)
+    assert grids_seen() == {LANDSCAPE, PORTRAIT}
+    assert compiles() == 1
 
 
 DUAL = [f"transformer_blocks.{i}.attn" for i in range(2)]
 SINGLE = [f"single_transformer_blocks.{i}.attn" for i in range(2)]
+LTX = [f"transformer_blocks.{i}.attn1" for i in range(2)]
 
 FAMILIES: dict[str, tuple[Any, ...]] = {
-    "hunyuan": (hunyuan, hunyuan_inputs, compile_regions, DUAL + SINGLE, "after"),
-    "ltx": (ltx, ltx_inputs, compile_regions,
-            [f"transformer_blocks.{i}.attn1" for i in range(3)], ""),
-    "cogvideox": (cogvideox, cogvideox_inputs, compile_blocks,
-                  [f"transformer_blocks.{i}.attn1" for i in range(3)], "before"),
-}  # fmt: skip
+    "hunyuan": (hunyuan, hunyuan_inputs, DUAL + SINGLE, "after", 3),
+    "ltx": (ltx, ltx_inputs, LTX, "", 1),
+}
+"""Graphs with video attention: HunyuanVideo has two kinds of block, and the first block of the
+second kind is handed other strides than the rest."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families(family: str) -> None:
     build: Callable[[], Any]
-    build, inputs_of, compile_model, layers, extra = FAMILIES[family]
+    build, inputs_of, layers, extra, graphs = FAMILIES[family]
     model = build()
     grids = (LANDSCAPE, PORTRAIT)
     wanted = {g: by_hand(model, inputs_of(g), g, layers, extra) for g in grids}
     dense = run(model, inputs_of(LANDSCAPE))
-    compile_model(model)
+    model.compile_repeated_blocks(backend="veda", options=OPTIONS)
     for grid in (*grids, LANDSCAPE):
         assert distance(run(model, inputs_of(grid)), wanted[grid]) <= EXACT, grid
     assert distance(wanted[LANDSCAPE], dense) > 100 * EXACT
     assert grids_seen() == set(grids)
-    assert compiles() <= 3  # HunyuanVideo has two kinds of block, and its text is refined apart
-    assert all(site["evidence"] for site in sparse_sites())
+    assert len(sparse_sites()) <= graphs

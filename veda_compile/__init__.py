@@ -16,6 +16,9 @@ from .errors import (  # noqa: E402
     StrictError,
     VedaError,
 )
+from .functional import sparse_attention  # noqa: E402
+from .kernels.layout import Extra, Layout, Video  # noqa: E402
+from .kernels.plan import Plan  # noqa: E402
 from .report import Report, report, reset_report  # noqa: E402
 from .sidecar import Sidecar  # noqa: E402
 
@@ -23,14 +26,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExecutorError",
+    "Extra",
+    "Layout",
     "LayoutError",
     "OptionsError",
+    "Plan",
     "PlanError",
     "Report",
     "Sidecar",
     "SidecarError",
     "StrictError",
     "VedaError",
+    "Video",
     "report",
     "reset_report",
+    "sparse_attention",
 ]

@@ -29,18 +29,18 @@ _HALF = {
     (64, 64): AttendConfig(64, 64, 4, 3),
     (64, 128): AttendConfig(128, 64, 8, 3),
     (96, 64): AttendConfig(64, 32, 4, 3),
-    (96, 128): AttendConfig(128, 32, 8, 3),
+    (96, 128): AttendConfig(128, 32, 8, 5),
     (128, 64): AttendConfig(64, 32, 4, 3),
-    (128, 128): AttendConfig(128, 32, 8, 3),
+    (128, 128): AttendConfig(128, 32, 8, 5),
 }
 # where the matrix unit reads operands from shared memory, registers are left for wider steps
 _HALF_FROM_SHARED = {
     (64, 64): AttendConfig(64, 64, 4, 3),
     (64, 128): AttendConfig(128, 64, 8, 3),
     (96, 64): AttendConfig(64, 64, 4, 3),
-    (96, 128): AttendConfig(128, 64, 8, 3),
+    (96, 128): AttendConfig(128, 64, 8, 5),
     (128, 64): AttendConfig(64, 64, 4, 3),
-    (128, 128): AttendConfig(128, 64, 8, 3),
+    (128, 128): AttendConfig(128, 64, 8, 5),
 }
 # float32 products are three TF32 ones each, with both parts of each operand in registers
 _SINGLE = AttendConfig(32, 32, 4, 2)

@@ -1,0 +1,65 @@
+"""Every kernel as it ships compiles for each GPU generation, without register spills.
+
+Compiled and interpreted kernels cannot share a process: one subprocess compiles them all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+_PROGRAM = Path(__file__).with_name("aot_compile.py")
+_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    result = folder / "result.json"
+    done = subprocess.run(
+        [sys.executable, str(_PROGRAM), str(result)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(result.read_text())
+
+
+def test_every_kernel_and_shape_was_compiled(compiled):
+    for capability in _SHARED_MEMORY:
+        of_one = [item for item in compiled if item["capability"] == capability]
+        assert {item["kernel"] for item in of_one} == {"attend", "choose", "pool"}
+        shapes = {
+            (item["dtype"], item["constants"]["HEAD_DIM"], item["constants"]["TILE"])
+            for item in of_one
+            if item["kernel"] == "attend"
+        }
+        wanted = {(t, d, s) for t in ("bf16", "fp32") for d in (64, 96, 128) for s in (64, 128)}
+        assert shapes == wanted | {("fp16", 128, 128)}
+
+
+def test_no_register_spills(compiled):
+    assert [item for item in compiled if item["stack"] > 0] == []
+
+
+def test_shared_memory_suffices(compiled):
+    assert [item for item in compiled if item["shared"] > _SHARED_MEMORY[item["capability"]]] == []
+
+
+def test_hopper_uses_warpgroup_products(compiled):
+    halves = [
+        item
+        for item in compiled
+        if item["kernel"] == "attend" and item["capability"] == 90 and item["dtype"] != "fp32"
+    ]
+    assert halves
+    assert [item for item in halves if item["wgmma"] == 0] == []
