@@ -148,25 +148,47 @@ def _dimensions(site: Site) -> Dimensions | None:
     for operand, tensor in zip(operands, tensors, strict=True):
         if tensor is None or tensor.dim() != len(operand.axes) or "n" not in operand.axes:
             return None
-    q, k, _ = tensors
-    assert q is not None and k is not None
+    q, k, v = tensors
+    assert q is not None and k is not None and v is not None
 
     def side(tensor: torch.Tensor, operand: Operand, letter: str) -> int:
         if letter not in operand.axes:
             return 1
         return hint(tensor.shape[operand.axes.index(letter)])
 
+    mismatch = None
+    for letter, name in (("b", "batch"), ("n", "tokens"), ("d", "head_dim")):
+        sides = [side(tensor, operand, letter) for tensor, operand in
+                 ((q, site.q), (k, site.k), (v, site.v))]  # fmt: skip
+        if len(set(sides)) > 1:
+            mismatch = f"{name} of q, k, v: {sides}"
     return Dimensions(
         side(q, site.q, "b"),
         side(q, site.q, "h"),
         side(k, site.k, "h"),
         side(q, site.q, "n"),
         side(q, site.q, "d"),
-        q.dtype,
+        _computing_dtype(site, q, k, v),
         q.device.type,
         torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None),
         "h" in site.q.axes and not site.calls,
+        mismatch,
     )
+
+
+def _computing_dtype(site: Site, *operands: torch.Tensor) -> torch.dtype:
+    """The dtype of the attention itself.
+
+    Fused attention returns what it computes in, and under autocast casts its operands to it.
+    Written-out attention computes in the widest of its operands' dtypes.
+    """
+    result = example_tensor(site.node)
+    if site.fused and result is not None:
+        return result.dtype
+    widest = operands[0].dtype
+    for operand in operands[1:]:
+        widest = torch.promote_types(widest, operand.dtype)
+    return widest
 
 
 def _not_video(finding: Finding) -> Finding:

@@ -19,6 +19,7 @@ from .analyse import Finding
 from .grid_sizes import Length, SizeOf
 from .masks import KeyValidity
 from .sites import Operand
+from .sizes import example_tensor
 
 _ORDER = "bhnd"
 _REST = -1
@@ -107,9 +108,14 @@ class Rewriter:
             names = [None if node is None else _lift(outer.node, outer.module, node)
                      for node in names]  # fmt: skip
         tile_shapes, density, projection, grids = names
+        assert finding.dims is not None
+        dtype = finding.dims.dtype
         graph = site.owner.graph
         with graph.inserting_before(site.node):
-            q, k, v = (_to_bhnd(graph, operand) for operand in (site.q, site.k, site.v))
+            q, k, v = (
+                _cast(graph, _to_bhnd(graph, operand), operand.node, dtype)
+                for operand in (site.q, site.k, site.v)
+            )
             valid = None if finding.mask is None else _key_valid(graph, finding.mask, q)
             layout = self._layout(graph, finding, site.q)
             call = graph.call_function(
@@ -119,6 +125,9 @@ class Rewriter:
             )  # fmt: skip
             out = graph.call_function(operator.getitem, (call, 0))
             out = _from_bhnd(graph, out, site.out_axes)
+            recorded = example_tensor(site.node)
+            if recorded is not None and recorded.dtype != dtype:
+                out = graph.call_method("to", (out, recorded.dtype))
         for node in (call, out):
             node.meta = {
                 key: value
@@ -219,6 +228,14 @@ def _to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
         if letter not in operand.axes:
             node = graph.call_function(torch.unsqueeze, (node, place))
     return node
+
+
+def _cast(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """`node` in `dtype`, given the node that holds the same values."""
+    tensor = example_tensor(recorded)
+    if tensor is None or tensor.dtype == dtype:
+        return node
+    return graph.call_method("to", (node, dtype))
 
 
 def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:

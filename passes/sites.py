@@ -33,6 +33,7 @@ class Site:
         (`output_first`). out_axes: the sides of the output.
     mask: the mask's node; causal, dropout: as given. scale: None is 1/sqrt(head_dim).
     oddity: an argument that makes this more than plain softmax attention, or None.
+    fused: one operator, not softmax and products written out.
     calls: the nested graphs the site lies in, outermost first; empty in the main graph.
     """
 
@@ -48,6 +49,7 @@ class Site:
     scale: float | None = None
     output_first: bool = False
     oddity: str | None = None
+    fused: bool = True
     calls: tuple[SubgraphCall, ...] = ()
 
 
@@ -151,5 +153,6 @@ def _explicit(gm: fx.GraphModule, found: Explicit, calls: tuple[SubgraphCall, ..
         scale=found.scale,
         dropout=found.dropout,
         oddity=found.oddity,
+        fused=False,
         calls=calls,
     )

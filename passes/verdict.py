@@ -34,7 +34,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Hints of a site's sizes. heads_proven: the call's heads are the layer's heads, in order."""
+    """Hints of a site's sizes.
+
+    dtype: what the attention computes in; operands of another dtype are cast (autocast does so).
+    heads_proven: the call's heads are the layer's heads, in order. mismatch: what keeps the
+    operands from being one plain attention call, or None.
+    """
 
     batch: int
     heads: int
@@ -45,6 +50,7 @@ class Dimensions:
     device: str
     requires_grad: bool
     heads_proven: bool
+    mismatch: str | None
 
 
 def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) -> Refusal | None:
@@ -74,6 +80,8 @@ def judge_call(
         if layout.reason is Reason.NO_GRID and dims.tokens < few:
             return Refusal(Reason.TOO_FEW_TOKENS, f"{dims.tokens} tokens, break-even {few}")
         return layout
+    if dims.mismatch is not None:
+        return Refusal(Reason.PLAIN_SOFTMAX, dims.mismatch)
     if site.causal:
         return Refusal(Reason.CAUSAL)
     if site.dropout > 0.0:
