@@ -58,7 +58,9 @@ class PlainBlock(nn.Module):
         else:
             self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of shape (B, H, N, D)."""
@@ -94,9 +96,7 @@ class PlainDiT(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = nn.Conv3d(4, width, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(
-            PlainBlock(width, heads, attend, fused) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(PlainBlock(width, heads, attend, fused) for _ in range(layers))
         self.head = nn.Linear(width, 16)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ class Worker {
           tasks(job.tasks),
           groups((std::max(job.call.tile_size, int64_t(CHUNK)) + LANES - 1) / LANES) {
         const int64_t d = c.head_dim;
-        direct = c.dtype == FLOAT32 && c.k.column == 1 && c.v.column == 1;
-        pairs = VEDA_BF16_PAIRS && c.dtype == BFLOAT16 && c.k.column == 1 && d % 2 == 0;
+        const bool dense_rows = c.k.column == 1 && c.v.column == 1;
+        direct = c.dtype == FLOAT32 && dense_rows;
+        pairs = VEDA_BF16_PAIRS && c.dtype == BFLOAT16 && dense_rows && d % 2 == 0;
         keys.resize(c.tokens);
         q.resize(groups * d * LANES);
         o.resize(groups * d * LANES);
@@ -126,47 +127,56 @@ class Worker {
 
     // All queries against up to CHUNK keys.
     void step(const int32_t* tokens, int64_t count) {
-        const int64_t d = c.head_dim;
-        // a last, partial block repeats its last row; what it computes there is not used
-        const int64_t padded = (count + BLOCK - 1) / BLOCK * BLOCK;
-        if (direct) {
-            for (int64_t i = 0; i < padded; i++) {
-                const int64_t token = tokens[std::min(i, count - 1)];
-                k_rows[i] = reinterpret_cast<const float*>(k_base) + token * c.k.row;
-                v_rows[i] = reinterpret_cast<const float*>(v_base) + token * c.v.row;
-            }
-        } else if (pairs) {
-            for (int64_t i = 0; i < padded; i++) {
-                const int64_t token = tokens[std::min(i, count - 1)];
-                k_rows16[i] = reinterpret_cast<const uint16_t*>(k_base) + token * c.k.row;
-            }
-            for (int64_t i = 0; i < count; i += 2) {
-                const uint16_t* base = reinterpret_cast<const uint16_t*>(v_base);
-                const uint16_t* a = base + tokens[i] * c.v.row;
-                uint32_t* to = v_pairs.data() + i / 2 * d;
-                if (i + 1 == count) {
-                    for (int64_t e = 0; e < d; e++) to[e] = a[e * c.v.column];
-                } else {
-                    const uint16_t* b = base + tokens[i + 1] * c.v.row;
-                    if (c.v.column == 1) {
-                        for (int64_t e = 0; e < d; e++) to[e] = a[e] | uint32_t(b[e]) << 16;
-                    } else {
-                        for (int64_t e = 0; e < d; e++)
-                            to[e] = a[e * c.v.column] | uint32_t(b[e * c.v.column]) << 16;
-                    }
-                }
-            }
+        if (pairs) {
+            point_to_pairs(tokens, count);
+        } else if (direct) {
+            point_to_rows(tokens, count);
         } else {
-            for (int64_t i = 0; i < count; i++) {
-                widen_row(c.k, k_base, c.dtype, tokens[i], d, k_wide.data() + i * d);
-                widen_row(c.v, v_base, c.dtype, tokens[i], d, v_wide.data() + i * d);
-            }
-            for (int64_t i = 0; i < padded; i++) {
-                k_rows[i] = k_wide.data() + std::min(i, count - 1) * d;
-                v_rows[i] = v_wide.data() + std::min(i, count - 1) * d;
-            }
+            point_to_widened(tokens, count);
         }
         for (int64_t group = 0; group < used_groups; group++) step_group(group, count);
+    }
+
+    // A last, partial block repeats its last row; what it computes there is not used.
+    static int64_t padded(int64_t count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
+
+    void point_to_rows(const int32_t* tokens, int64_t count) {
+        for (int64_t i = 0; i < padded(count); i++) {
+            const int64_t token = tokens[std::min(i, count - 1)];
+            k_rows[i] = reinterpret_cast<const float*>(k_base) + token * c.k.row;
+            v_rows[i] = reinterpret_cast<const float*>(v_base) + token * c.v.row;
+        }
+    }
+
+    void point_to_widened(const int32_t* tokens, int64_t count) {
+        const int64_t d = c.head_dim;
+        for (int64_t i = 0; i < count; i++) {
+            widen_row(c.k, k_base, c.dtype, tokens[i], d, &k_wide[i * d]);
+            widen_row(c.v, v_base, c.dtype, tokens[i], d, &v_wide[i * d]);
+        }
+        for (int64_t i = 0; i < padded(count); i++) {
+            k_rows[i] = &k_wide[std::min(i, count - 1) * d];
+            v_rows[i] = &v_wide[std::min(i, count - 1) * d];
+        }
+    }
+
+    void point_to_pairs(const int32_t* tokens, int64_t count) {
+        const int64_t d = c.head_dim;
+        for (int64_t i = 0; i < padded(count); i++) {
+            const int64_t token = tokens[std::min(i, count - 1)];
+            k_rows16[i] = reinterpret_cast<const uint16_t*>(k_base) + token * c.k.row;
+        }
+        const uint16_t* base = reinterpret_cast<const uint16_t*>(v_base);
+        for (int64_t i = 0; i < count; i += 2) {
+            const uint16_t* a = base + tokens[i] * c.v.row;
+            uint32_t* to = &v_pairs[i / 2 * d];
+            if (i + 1 < count) {
+                const uint16_t* b = base + tokens[i + 1] * c.v.row;
+                for (int64_t e = 0; e < d; e++) to[e] = a[e] | uint32_t(b[e]) << 16;
+            } else {
+                for (int64_t e = 0; e < d; e++) to[e] = a[e];
+            }
+        }
     }
 
     void step_group(int64_t group, int64_t count) {
@@ -189,52 +199,68 @@ class Worker {
         }
         const Floats fade[2] = {exp2_nonpositive(before[0] - peak[0]),
                                 exp2_nonpositive(before[1] - peak[1])};
-        Floats total[2] = {};
         store(&top[group * LANES], peak[0]);
         store(&top[group * LANES + WIDTH], peak[1]);
 #if VEDA_BF16_PAIRS
         if (pairs) {
-            uint32_t* p = p_pairs.data();
-            for (int64_t i = 0; i < count; i += 2) {
-                for (int half = 0; half < 2; half++) {
-                    const float* from = s + i * LANES + half * WIDTH;
-                    const Floats a = exp2_nonpositive(load(from) - peak[half]);
-                    Floats b = {};
-                    if (i + 1 < count) b = exp2_nonpositive(load(from + LANES) - peak[half]);
-                    total[half] += a + b;
-                    const Words both = high_half(a) >> 16 | (high_half(b) & 0xffff0000u);
-                    std::memcpy(p + i / 2 * LANES + half * WIDTH, &both, sizeof both);
-                }
-            }
-            add_to_sum(group, fade, total);
-            int64_t d0 = 0;
+            add_to_sum(group, fade, exponentials_in_pairs(count, peak));
+            const uint32_t *v = v_pairs.data(), *p = p_pairs.data();
             const int64_t n = (count + 1) / 2;
-            for (; d0 + 8 <= d; d0 += 8)
-                value_block_pairs<8>(v_pairs.data(), n, p, d0, d, fade, o_panel);
-            for (; d0 < d; d0 += 1)
-                value_block_pairs<1>(v_pairs.data(), n, p, d0, d, fade, o_panel);
+            int64_t d0 = 0;
+            for (; d0 + BLOCK <= d; d0 += BLOCK)
+                value_block_pairs<BLOCK>(v, n, p, d0, d, fade, o_panel);
+            for (; d0 < d; d0++) value_block_pairs<1>(v, n, p, d0, d, fade, o_panel);
             return;
         }
 #endif
-        for (int64_t i = 0; i < count; i++) {
-            for (int half = 0; half < 2; half++) {
-                float* at = s + i * LANES + half * WIDTH;
-                const Floats p = exp2_nonpositive(load(at) - peak[half]);
-                total[half] += p;
-                store(at, p);
-            }
-        }
-        add_to_sum(group, fade, total);
+        add_to_sum(group, fade, exponentials(count, peak));
         int64_t d0 = 0;
         for (; d0 + BLOCK <= d; d0 += BLOCK)
             value_block<BLOCK>(v_rows, count, s, d0, fade, o_panel);
-        for (; d0 < d; d0 += 1) value_block<1>(v_rows, count, s, d0, fade, o_panel);
+        for (; d0 < d; d0++) value_block<1>(v_rows, count, s, d0, fade, o_panel);
     }
 
-    void add_to_sum(int64_t group, const Floats fade[2], const Floats total[2]) {
+    struct Sums {
+        Floats half[2] = {};
+    };
+
+    // Turns scores into 2^(score - peak), in place; returns their sums over the keys.
+    Sums exponentials(int64_t count, const Floats peak[2]) {
+        Sums total;
+        for (int64_t i = 0; i < count; i++) {
+            for (int half = 0; half < 2; half++) {
+                float* at = &scores[i * LANES + half * WIDTH];
+                const Floats p = exp2_nonpositive(load(at) - peak[half]);
+                total.half[half] += p;
+                store(at, p);
+            }
+        }
+        return total;
+    }
+
+#if VEDA_BF16_PAIRS
+    // The same into `p_pairs`, rounded; a missing partner of the last key is 0.
+    Sums exponentials_in_pairs(int64_t count, const Floats peak[2]) {
+        Sums total;
+        for (int64_t i = 0; i < count; i += 2) {
+            for (int half = 0; half < 2; half++) {
+                const float* from = &scores[i * LANES + half * WIDTH];
+                const Floats a = exp2_nonpositive(load(from) - peak[half]);
+                Floats b = {};
+                if (i + 1 < count) b = exp2_nonpositive(load(from + LANES) - peak[half]);
+                total.half[half] += a + b;
+                const Words both = high_half(a) >> 16 | (high_half(b) & 0xffff0000u);
+                std::memcpy(&p_pairs[i / 2 * LANES + half * WIDTH], &both, sizeof both);
+            }
+        }
+        return total;
+    }
+#endif
+
+    void add_to_sum(int64_t group, const Floats fade[2], const Sums& total) {
         for (int half = 0; half < 2; half++) {
             float* at = &sum[group * LANES + half * WIDTH];
-            store(at, load(at) * fade[half] + total[half]);
+            store(at, load(at) * fade[half] + total.half[half]);
         }
     }
 

@@ -17,7 +17,7 @@ _KEYS_AT_ONCE = 1 << 15  # gathered rows of K and of V; 8 MB each at head_dim 64
 def gather_attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
     """`Executor.attend` in torch operators."""
     out = empty_output(call.q)
-    lse = torch.full(call.q.shape[:3], -torch.inf)
+    lse = call.q.new_full(call.q.shape[:3], -torch.inf, dtype=torch.float32)
     for batch in range(call.q.shape[0]):
         valid = None if call.key_valid is None else call.key_valid[batch]
         for head, shape in enumerate(call.plan.tile_shapes):
@@ -56,7 +56,7 @@ class _Head:
     def extra(self, table: TileTable) -> None:
         """Extra queries attend to every valid key."""
         if table.extra.numel():
-            keys = torch.arange(len(self.k))
+            keys = torch.arange(len(self.k), device=self.k.device)
             self._attend(table.extra.long()[None], keys[None])
 
     def video(self, table: TileTable, indices: torch.Tensor, counts: torch.Tensor) -> None:
@@ -70,7 +70,7 @@ class _Head:
             keys = width * size + table.extra.numel()
             tiles = order[first : first + max(_KEYS_AT_ONCE // max(keys, 1), 1)]
             first += len(tiles)
-            listed = torch.arange(width) < counts[tiles, None]
+            listed = torch.arange(width, device=counts.device) < counts[tiles, None]
             kept = torch.where(listed, indices[tiles, :width], 0).long()
             rows = table.rows[kept].masked_fill(~listed[..., None], -1).flatten(1)
             extra = table.extra.expand(len(tiles), -1)
@@ -96,7 +96,7 @@ class _Head:
         k, v = self.k[keys][:, None], self.v[keys][:, None]
         mask = None
         if not bool(counted.all()):
-            mask = torch.zeros(counted.shape, dtype=q.dtype).masked_fill(~counted, -torch.inf)
+            mask = q.new_zeros(counted.shape).masked_fill(~counted, -torch.inf)
             mask = mask[:, None, None].expand(-1, -1, q.shape[2], -1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask, scale=self.scale

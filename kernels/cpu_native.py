@@ -37,9 +37,9 @@ def native_attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tens
     """`Executor.attend` by the compiled kernel. Raises BuildError where there is none."""
     library = load_library()
     out = empty_output(call.q)
-    lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     # the kernel writes float16 results as float32
-    target = empty_output(call.q.float()) if call.q.dtype == torch.float16 else out
+    target = torch.empty_like(out, dtype=torch.float32) if call.q.dtype == torch.float16 else out
     tables = [tile_table(call.layout, s, call.q.device) for s in call.plan.tile_shapes]
     rows = (ctypes.c_void_p * len(tables))(*(table.rows.data_ptr() for table in tables))
     tile_counts = (ctypes.c_int64 * len(tables))(*(table.tiles for table in tables))

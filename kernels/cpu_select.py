@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -67,8 +68,8 @@ def native_select(call: AttentionCall) -> Selection:
     }
     rows = max(table.tiles for table in tables.values())
     width = max(int(budget.sum(-1).max()) for budget in budgets.values())
-    indices = torch.empty(batch, heads, rows, width, dtype=torch.int32)
-    counts = torch.zeros(batch, heads, rows, dtype=torch.int32)
+    indices = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=call.q.device)
+    counts = torch.zeros(batch, heads, rows, dtype=torch.int32, device=call.q.device)
     for shape, members in groups.items():
         scores = _scores(call, tables[shape], members)
         _choose(scores, budgets[shape], tables[shape], members, Selection(indices, counts))
@@ -85,17 +86,18 @@ def native_statistics(
     """`tile_statistics` of the heads `heads` of x (B, H, N, D), h of them, compiled."""
     batch, _, tokens, head_dim = x.shape
     tiles, size = table.rows.shape
-    count = torch.empty(batch, len(heads), tiles)
-    moments = torch.empty(5 if extremes else 3, batch, len(heads), tiles, head_dim)
-    head_numbers = torch.tensor(heads)
+    count = x.new_empty((batch, len(heads), tiles), dtype=torch.float32)
+    shape = (5 if extremes else 3, batch, len(heads), tiles, head_dim)
+    moments = x.new_empty(shape, dtype=torch.float32)
+    head_numbers = _numbers(heads)
     counted = None if valid is None else valid.contiguous()
     job = _Statistics(
         TensorView.of(x),
         None if counted is None else counted.data_ptr(),
         table.rows.data_ptr(),
-        head_numbers.data_ptr(),
+        ctypes.addressof(head_numbers),
         count.data_ptr(),
-        *(moment.data_ptr() for moment in moments),
+        *(moment.data_ptr() for moment in moments.unbind()),
         *(() if extremes else (None, None)),
         DTYPES[x.dtype],
         batch,
@@ -129,6 +131,10 @@ def _scores(call: AttentionCall, table: TileTable, heads: list[int]) -> torch.Te
     )
 
 
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
 def _of_heads(stats: TileStatistics, heads: list[int]) -> TileStatistics:
     return TileStatistics(
         stats.count,
@@ -149,13 +155,13 @@ def _choose(
 ) -> None:
     """Write the lists of one group of heads into `selection`."""
     scores, budgets = scores.contiguous(), budgets.contiguous()
-    starts, head_numbers = torch.tensor(table.starts), torch.tensor(heads)
+    starts, head_numbers = _numbers(table.starts), _numbers(heads)
     batch, all_heads, rows, width = selection.indices.shape
     job = _Choice(
         scores.data_ptr(),
         budgets.data_ptr(),
-        starts.data_ptr(),
-        head_numbers.data_ptr(),
+        ctypes.addressof(starts),
+        ctypes.addressof(head_numbers),
         selection.indices.data_ptr(),
         selection.counts.data_ptr(),
         batch,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .attention_ops import registered_names
-from .compute import attention
+from .attention_ops import provenance_rules
 from .grid_sizes import LayoutSizes, find_sizes
 from .layers import Layer, find_layer, vector_parameters
 from .layout import Grid, SiteLayout, find_layout
@@ -50,8 +49,7 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> lis
     sites = list(find_sites(gm))
     if not sites:
         return []
-    names = {name.split("::")[-1]: attention for name in registered_names()}
-    provenance = Provenance(gm, inputs, {**names, **dict.fromkeys(registered_names(), attention)})
+    provenance = Provenance(gm, inputs, provenance_rules())
     scene = _Scene(gm, inputs, provenance, policy.grid)
     findings: list[Finding] = []
     videos = 0
@@ -162,6 +160,9 @@ def _dimensions(site: Site) -> Dimensions | None:
                  ((q, site.q), (k, site.k), (v, site.v))]  # fmt: skip
         if len(set(sides)) > 1:
             mismatch = f"{name} of q, k, v: {sides}"
+    heads = [side(t, operand, "h") for t, operand in ((q, site.q), (k, site.k), (v, site.v))]
+    if heads[1] != heads[2] or heads[0] % heads[1]:
+        mismatch = f"heads of q, k, v: {heads}"
     return Dimensions(
         side(q, site.q, "b"),
         side(q, site.q, "h"),

@@ -8,12 +8,15 @@ as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch._library.custom_ops import CustomOpDef
 
+from .compute import attention
+from .movement import Rule, Value
 from .sizes import example_tensor, expression
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -84,9 +87,16 @@ def register_attention_op(op: AttentionOp) -> None:
     _REGISTRY[op.name] = op
 
 
-def registered_names() -> tuple[str, ...]:
-    """Qualified names of all known ops."""
-    return tuple(_REGISTRY)
+def provenance_rules() -> dict[str, Rule]:
+    """How token codes pass through every known op, by qualified name."""
+
+    def rule(op: AttentionOp, out: Any, *args: Any, **kwargs: Any) -> Value:
+        space, name = op.name.split("::")
+        target = getattr(getattr(torch.ops, space), name)
+        given = dict(zip(_argument_names(target), args, strict=False)) | kwargs
+        return attention(out, given[op.q], given[op.k], given[op.v])
+
+    return {op.name: partial(rule, op) for op in _REGISTRY.values()}
 
 
 def find_op(node: fx.Node) -> AttentionOp | None:
@@ -147,14 +157,16 @@ def arguments(op: AttentionOp, node: fx.Node) -> OpCall:
 
 
 def _bound(node: fx.Node) -> dict[str, Any]:
-    target = node.target
+    return dict(zip(_argument_names(node.target), node.args, strict=False)) | node.kwargs
+
+
+def _argument_names(target: object) -> list[str]:
     if isinstance(target, CustomOpDef):
         target = target._opoverload
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
     assert isinstance(target, torch._ops.OpOverload)
-    names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+    return [argument.name for argument in target._schema.arguments]
 
 
 def _one_segment(op: AttentionOp, node: fx.Node, given: dict[str, Any]) -> bool:

@@ -153,8 +153,15 @@ def einsum(out: Shape, equation: str, *operands: Any) -> Tracked:
     return Tracked(out, codes)
 
 
-def attention(out: Shape, *args: Any, **kwargs: Any) -> Tracked:
-    """Attention output rows are q's; a source in q and k but not in v only steered the weights."""
+def attention(out: Any, *args: Any, **kwargs: Any) -> Value:
+    """Attention output rows are q's; a source in q and k but not in v only steered the weights.
+
+    Of several outputs the first is the attention's; the others hold no tokens.
+    """
+    if out and isinstance(out[0], (tuple, list)):
+        first = attention(out[0], *args, **kwargs)
+        assert isinstance(first, Tracked)
+        return [first, *(Tracked(tuple(shape)) for shape in out[1:])]
     given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     names = ("query", "key", "value") if "query" in given else ("q", "k", "v")
     q, k, v = (given[name] for name in names)

@@ -54,7 +54,7 @@ def match_explicit(node: fx.Node) -> Explicit | None:
     softmax, dropout = _back_to_softmax(weights[0])
     if softmax is None:
         return None
-    first, scale, oddity = _back_to_product(softmax.args[0])
+    first, scale, oddity = _back_to_product(_argument(softmax, 0, "input"))
     if first is None:
         return None
     scores = _scores(first)
@@ -84,11 +84,17 @@ def _is_product(node: fx.Node) -> bool:
 
 def _product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     args = node.args[1:] if operation_name(node) == "einsum" else node.args
+    args = (*args, *(node.kwargs[x] for x in ("input", "other", "mat2") if x in node.kwargs))
     if len(args) == 1 and isinstance(args[0], (tuple, list)):
         args = tuple(args[0])
     if len(args) == 2 and isinstance(args[0], fx.Node) and isinstance(args[1], fx.Node):
         return args[0], args[1]
     return None
+
+
+def _argument(node: fx.Node, place: int, name: str) -> object:
+    """An argument given by position or by name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
 def _back_to_softmax(node: object) -> tuple[fx.Node | None, float]:
@@ -125,16 +131,18 @@ def _back_to_product(node: object) -> tuple[fx.Node | None, float, str | None]:
         if name in _MASKS:
             oddity = f"{name} on the logits, a mask or bias"
             tensors = [a for a in node.args if isinstance(a, fx.Node)]
-            node = tensors[1] if name == "where" and len(tensors) > 1 else tensors[0]
+            node = next(iter(tensors[1:] if name == "where" else tensors), None)
             continue
         if name not in _CASTS:
             return None, 1.0, None
-        node = node.args[0]
+        node = _argument(node, 0, "input")
     return None, 1.0, None
 
 
 def _constant_operand(node: fx.Node) -> tuple[fx.Node | None, float]:
-    a, b = node.args[0], node.args[1]
+    a, b = _argument(node, 0, "input"), _argument(node, 1, "other")
+    if node.kwargs.get("rounding_mode") is not None:
+        return None, 1.0
     if isinstance(a, fx.Node) and isinstance(b, (int, float)):
         return a, float(b)
     if isinstance(b, fx.Node) and isinstance(a, (int, float)) and "mul" in operation_name(node):
@@ -210,6 +218,8 @@ def _final(node: fx.Node) -> tuple[str, str] | None:
     shared = [x for x in weights if x in values and x in out]
     if not (len(contracted) == len(rows) == len(features) == 1 and len(shared) in (1, 2)):
         return None
+    if not weights.endswith(rows[0] + contracted[0]):  # summed over the queries
+        return None
     name = dict(zip(shared, "bh", strict=False))
     v_axes = "".join({**name, contracted[0]: "n", features[0]: "d"}[x] for x in values)
     out_axes = "".join({**name, rows[0]: "n", features[0]: "d"}[x] for x in out)
@@ -227,7 +237,7 @@ def _einsum_letters(node: fx.Node) -> tuple[str, str, str] | None:
 
 def _over_keys(softmax: fx.Node, axes: str) -> bool:
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
-    return isinstance(dim, int) and axes[dim] == "m" and axes.index("n") == len(axes) - 2
+    return isinstance(dim, int) and axes[dim] == "m" and axes.endswith("nm")
 
 
 def _rank(node: fx.Node) -> int:

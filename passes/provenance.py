@@ -210,19 +210,23 @@ class Provenance:
 
 
 def operation_name(node: fx.Node) -> str:
-    """The bare name of the function or method a node calls."""
+    """The bare name of the function or method a node calls; of a custom op, "namespace::op"."""
     if node.op == "call_method":
         return str(node.target)
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name if _is_custom(target) else target._schema.name.split("::")[-1]
+        return _plain_name(target._schema.name)
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return str(target._qualified_op_name.split("::")[-1])
+        return _plain_name(target._qualified_op_name)
+    if isinstance(target, torch.library.CustomOpDef):
+        return target._qualname
     return str(getattr(target, "__name__", target))
 
 
-def _is_custom(target: torch._ops.OpOverload) -> bool:
-    return target.namespace not in ("aten", "prims")
+def _plain_name(qualified: str) -> str:
+    """torch's own operators without their namespace, others with it."""
+    space, _, name = qualified.partition("::")
+    return name if space in ("aten", "prims") else qualified
 
 
 def _shapes(value: object) -> Any:

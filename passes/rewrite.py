@@ -19,6 +19,7 @@ from .analyse import Finding
 from .grid_sizes import Length, SizeOf
 from .masks import KeyValidity
 from .sites import Operand
+from .subgraphs import subgraph_calls
 from .sizes import example_tensor
 
 _ORDER = "bhnd"
@@ -58,12 +59,13 @@ class ExtraInputs:
 def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a Dynamo graph that may be changed: Dynamo keeps records of its own inputs.
 
-    Nested graph modules are copied too; parameters and buffers are shared.
+    Nested graph modules are copied too, once per call; parameters and buffers are shared.
     """
-    copy = fx.GraphModule(gm, fx.Graph(), gm.__class__.__name__)
+    graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    result = copy.graph.graph_copy(gm.graph, mapping)
-    copy.graph.output(result)
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    # takes over from gm what the graph refers to
+    copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
         if old.op == "placeholder":
@@ -73,11 +75,34 @@ def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
     for name, child in list(copy.named_children()):
         if isinstance(child, fx.GraphModule):
             setattr(copy, name, own_copy(child))
+    _give_every_call_its_own_graph(copy)
     for name in ("_param_name_to_source",):
         if name in gm.__dict__:
             setattr(copy, name, gm.__dict__[name])
     copy.recompile()
     return copy
+
+
+def _give_every_call_its_own_graph(gm: fx.GraphModule) -> None:
+    """Layers may share one nested graph, yet be rewritten differently. A name among the arguments
+    tells compiled regions apart, and changes with them."""
+    taken: set[str] = set()
+    for number, call in enumerate(list(subgraph_calls(gm))):
+        if call.attribute not in taken:
+            taken.add(call.attribute)
+            continue
+        name = f"{call.attribute}_{number}_own"
+        setattr(gm, name, own_copy(call.module))
+        with gm.graph.inserting_before(call.node):
+            body = gm.graph.get_attr(name)
+        call.node.args = tuple(
+            body
+            if isinstance(arg, fx.Node) and arg.op == "get_attr" and arg.target == call.attribute
+            else f"{arg}_{number}_own"
+            if isinstance(arg, str)
+            else arg
+            for arg in call.node.args
+        )
 
 
 class Rewriter:
@@ -127,13 +152,17 @@ class Rewriter:
             out = _from_bhnd(graph, out, site.out_axes)
             recorded = example_tensor(site.node)
             if recorded is not None and recorded.dtype != dtype:
-                out = graph.call_method("to", (out, recorded.dtype))
+                out = graph.call_function(torch.ops.aten.to.dtype, (out, recorded.dtype))
         for node in (call, out):
             node.meta = {
                 key: value
                 for key, value in site.node.meta.items()
                 if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
             }
+        replaced = list(site.node.users) if site.output_first else [site.node]
+        for node in replaced[:1]:
+            # methods of nodes that are not known to be tensors keep a graph from being cached
+            out.meta["example_value"] = example_tensor(node)
         if site.output_first:
             for user in list(site.node.users):
                 user.replace_all_uses_with(out)
@@ -235,7 +264,7 @@ def _cast(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtype)
     tensor = example_tensor(recorded)
     if tensor is None or tensor.dtype == dtype:
         return node
-    return graph.call_method("to", (node, dtype))
+    return graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
 
 
 def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:
@@ -259,7 +288,7 @@ def _key_valid(graph: fx.Graph, mask: KeyValidity, q: fx.Node) -> fx.Node:
         return graph.call_function(operator.getitem, (mask.node, tuple(index)))
     row = graph.call_function(operator.getitem, (mask.node, tuple(index)))
     batch = graph.call_function(torch.ops.aten.sym_size.int, (q, 0))
-    return graph.call_method("expand", (row, batch, -1))
+    return graph.call_function(torch.ops.aten.expand.default, (row, (batch, -1)))
 
 
 def input_positions(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[int]:

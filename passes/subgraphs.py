@@ -27,7 +27,7 @@ def subgraph_call(owner: fx.GraphModule, node: fx.Node) -> SubgraphCall | None:
 
     Operators with more than one nested graph (cond, flex_attention) are not followed.
     """
-    if node.op != "call_function" or node.kwargs:
+    if node.op != "call_function" or any(isinstance(x, fx.Node) for x in node.kwargs.values()):
         return None
     places = [
         i

@@ -25,7 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
@@ -63,7 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out. stack: bytes per thread, more than 0 where registers spill."""
+    """What came out. stack: bytes per thread, more than 0 where registers spill.
+    wgmma: such instructions in the forward kernel for Hopper, else 0."""
 
     kernel: str
     capability: int
@@ -152,7 +152,10 @@ def compile_job(job: Job) -> Compiled:
     )
     target = GPUTarget("cuda", job.capability, 32)
     built = triton.compile(source, target=target, options=dict(job.options))
-    usage, sass = _disassemble(built.asm["cubin"])
+    cubin = built.asm["cubin"]
+    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _cuobjdump("-res-usage", cubin)))
+    # disassembling costs more than compiling: only where wgmma exists and matters
+    has_wgmma = job.kernel == "attend" and job.capability == 90
     return Compiled(
         job.kernel,
         job.capability,
@@ -162,21 +165,18 @@ def compile_job(job: Job) -> Compiled:
         int(usage["REG"]),
         int(usage["STACK"]) + int(usage["LOCAL"]),
         built.metadata.shared,
-        len(re.findall(r"\bHGMMA\b", sass)),
+        len(re.findall(r"\bHGMMA\b", _cuobjdump("-sass", cubin))) if has_wgmma else 0,
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, str], str]:
-    """Resource use by name, and the machine code as text."""
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What NVIDIA's tool, which comes with triton, says of machine code."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True)
-            for option in ("-res-usage", "-sass")
-        )
-    return dict(re.findall(r"\b([A-Z]+):(\d+)", usage.stdout)), sass.stdout
+        command = [tool, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from .kernels.layout import Layout, Video
 from .kernels.plan import Plan
 from .options import Options
 from .passes.analyse import Finding, analyse
+from .passes.layers import matches
 from .passes.reasons import HARMLESS, Reason
 from .passes.rewrite import PlanInputs, Rewriter, own_copy
 from .planner import Planner
@@ -49,6 +50,7 @@ def veda(
     record = GraphRecord(_compile_id(gm), [_site_record(f, planner, chosen) for f in findings])
     STORE.add(record)
     _log(record)
+    _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
         _require(record)
     accepted = [
@@ -228,6 +230,19 @@ def _log(record: GraphRecord) -> None:
         len(record.sites),
         f"; {len(left)} left dense: {reasons}" if left else "",
     )
+
+
+def _warn_unmatched(findings: Sequence[Finding], options: Options, compile_id: str) -> None:
+    """Say which `dense_layers` name nothing here; another graph of the model may have them."""
+    layers = [finding.layer for finding in findings if finding.layout is not None]
+    if not layers:
+        return
+    for entry in options.dense_layers:
+        if not any(matches(layer.name, place, (entry,)) for place, layer in enumerate(layers)):
+            logger.warning(
+                "option dense_layers: %r is none of the video attention layers of graph %s: %s",
+                entry, compile_id, ", ".join(str(layer.name) for layer in layers),
+            )  # fmt: skip
 
 
 def _compile_id(gm: fx.GraphModule) -> str:

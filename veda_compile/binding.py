@@ -22,17 +22,22 @@ _CACHED_CALLS = 512
 
 
 class LayerMark:
-    """The fingerprint of a layer whose parameters come with the call, hashed once per change."""
+    """The fingerprint of a layer whose parameters come with the call, hashed once per change.
+
+    A change is another tensor, other memory or a higher version counter. Writing to the same
+    memory through `parameter.data` is none of these and stays unseen.
+    """
 
     def __init__(self, places: Sequence[int]) -> None:
         """places: positions of the layer's 1-D parameters among the graph's inputs, in order."""
         self._places = tuple(places)
-        self._known: OrderedDict[tuple[int, ...], tuple[list[Any], tuple[int, ...], str | None]]
-        self._known = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], _Marked] = OrderedDict()
 
     def __call__(self, args: Sequence[Any]) -> str | None:
         """The fingerprint of the layer that a call with these arguments belongs to."""
         tensors = [args[place] for place in self._places]
+        if any(tensor.is_inference() for tensor in tensors):  # they count no versions
+            return fingerprint(tensors)
         key = tuple(id(tensor) for tensor in tensors)
         state = tuple(_state(tensor) for tensor in tensors)
         held = self._known.get(key)
@@ -49,10 +54,19 @@ class LayerMark:
         return mark
 
 
-def _state(tensor: torch.Tensor) -> int:
+@dataclass(frozen=True, eq=False)
+class _Marked:
+    """A fingerprint, and what it is the fingerprint of."""
+
+    tensors: list[weakref.ref[torch.Tensor]]
+    memory: list[torch.Tensor]
+    state: tuple[tuple[int, int], ...]
+    mark: str | None
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
     """Changes when the tensor is written to (version) or given other storage (address)."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return hash((version, tensor.data_ptr()))
+    return tensor._version, tensor.data_ptr()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .errors import SidecarError
+from .errors import OptionsError, SidecarError
 from .grids import Grids, total_tokens
 from .kernels.break_even import break_even_tokens
 from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
@@ -30,9 +30,15 @@ class Planner:
     """
 
     def __init__(self, options: Options) -> None:
-        """Load the sidecar, if any. Raises SidecarError."""
+        """Load the sidecar, if any. Raises SidecarError, or OptionsError if they disagree."""
         self._options = options
         self.sidecar = Sidecar.load(options.sidecar) if options.sidecar is not None else None
+        if self.sidecar is not None and options.tile_size not in (None, self.sidecar.tile_size):
+            raise OptionsError(
+                f"option tile_size is {options.tile_size} but sidecar {self.sidecar.source} was "
+                f"made with tile size {self.sidecar.tile_size}: leave out tile_size, or use a "
+                f"sidecar made with {options.tile_size}"
+            )
         self._announced: set[tuple[object, object]] = set()
 
     @property

@@ -43,7 +43,11 @@ _HALF_FROM_SHARED = {
     (128, 128): AttendConfig(128, 64, 8, 5),
 }
 # float32 products are three TF32 ones each, with both parts of each operand in registers
-_SINGLE = AttendConfig(32, 32, 4, 2)
+_SINGLE = {
+    64: AttendConfig(32, 32, 4, 2),
+    96: AttendConfig(32, 32, 8, 2),
+    128: AttendConfig(32, 32, 8, 2),
+}
 
 
 def attend_config(
@@ -54,7 +58,7 @@ def attend_config(
     generation: see `gpu_generation`.
     """
     if dtype == torch.float32:
-        return _SINGLE
+        return _SINGLE[head_dim]
     table = _HALF_FROM_SHARED if generation in (9, 10) else _HALF
     return table[head_dim, tile_size]
 

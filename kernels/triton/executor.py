@@ -1,4 +1,4 @@
-"""The Triton executor: the whole path on the GPU in a handful of launches, for all heads at once."""
+"""The Triton executor: the whole path on the GPU, a handful of launches for all heads at once."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class TritonExecutor:
     name = "triton"
 
     def verify(self, traits: Traits) -> Answer:
+        """Yes for what `configs` has launches for; tiles must be powers of two for the kernels."""
         devices = ("cuda", "cpu") if interpreted() else ("cuda",)
         wanted: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("device", traits.device, devices),
@@ -57,6 +58,7 @@ class TritonExecutor:
     def attend(
         self, call: AttentionCall, selection: Selection
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact softmax over the kept tokens. A row without any key gives 0 and LSE -inf."""
         tables = layer_tables(call.layout, call.plan.tile_shapes, call.q.device)
         keys = key_rows(tables, call.key_valid)
         with _on(call.q.device):

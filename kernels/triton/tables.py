@@ -43,10 +43,12 @@ class LayerTables:
 
     @property
     def segments(self) -> int:
+        """Video segments of the layout."""
         return self.starts.shape[1] - 1
 
     @property
     def tile_size(self) -> int:
+        """Tokens per tile, S."""
         return self.rows.shape[1]
 
 
