@@ -15,10 +15,10 @@ from typing import Annotated
 
 import torch
 import typer
-import veda_compile
 from rich.console import Console
 from rich.table import Table
 
+import veda_compile
 from benchmarks.zoo import ENTRIES, Entry, Grid, call
 
 GRID: Grid = (5, 6, 10)

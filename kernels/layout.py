@@ -26,7 +26,8 @@ class Video:
     w: int
 
     def __post_init__(self) -> None:
-        if min(self.t, self.h, self.w) < 1:
+        # side by side: min() of symbolic sizes would make a graph depend on their order
+        if self.t < 1 or self.h < 1 or self.w < 1:
             raise LayoutError(
                 f"video segment {self.t} x {self.h} x {self.w}: every side must be at least 1"
             )

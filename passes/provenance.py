@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._library.custom_ops import CustomOpDef
 
 from . import compute, indexing, movement
 from .codes import Source, SourceKind, Tracked
@@ -218,7 +219,7 @@ def operation_name(node: fx.Node) -> str:
         return _plain_name(target._schema.name)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _plain_name(target._qualified_op_name)
-    if isinstance(target, torch.library.CustomOpDef):
+    if isinstance(target, CustomOpDef):
         return target._qualname
     return str(getattr(target, "__name__", target))
 

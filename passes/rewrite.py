@@ -19,8 +19,8 @@ from .analyse import Finding
 from .grid_sizes import Length, SizeOf
 from .masks import KeyValidity
 from .sites import Operand
-from .subgraphs import subgraph_calls
 from .sizes import example_tensor
+from .subgraphs import subgraph_calls
 
 _ORDER = "bhnd"
 _REST = -1

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.zoo import call, entry
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-
-import veda_compile
-from veda_compile.backend import veda
 from veda_compile.kernels import op
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.executors import execute
+
+import veda_compile
+from benchmarks.zoo import call, entry
+from veda_compile.backend import veda
 from veda_compile.report import SiteRecord
 
 GRID = (5, 6, 10)
@@ -114,7 +114,7 @@ class Traced:
     ran: dict[str, Ran] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=None)
+@cache
 def traced(name: str, dtype: torch.dtype = torch.float32) -> Traced:
     """Compile and run a model of the zoo; tracing is what takes the time, so it is done once."""
     model, inputs = entry(name).make(GRID)

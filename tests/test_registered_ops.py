@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from compiling import run
 from torch import Tensor
 from toys import GRID, TOKENS, latents, toy
-
 from veda_compile.passes.attention_ops import AttentionOp, register_attention_op
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -64,7 +64,7 @@ def flash_varlen(
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     bounds = cu_seqlens_q.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         out, lse = _attend(*(x[None, start:stop] for x in (q, k, v)), softmax_scale)
         outs.append(out[0])
         lses.append(lse[0])

@@ -11,11 +11,11 @@ import pytest
 import torch
 from distinct_sidecars import distinct_plans, refused, save_sidecar
 from small_transformers import EXACT, QUICK, Grid, distance, run, run_by_hand, wan, wan_inputs
+from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.plan import Plan
 
 import veda_compile
 from veda_compile.errors import OptionsError
-from veda_compile.kernels.layout import Layout, Video
-from veda_compile.kernels.plan import Plan
 from veda_compile.sidecar import Sidecar
 
 GRID: Grid = (4, 8, 12)
@@ -86,9 +86,7 @@ def test_score_replaces_the_score_of_the_sidecar(model: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("compile_model", [regional, whole])
-def test_projections_go_to_their_own_layers(
-    model: Any, tmp_path: Path, compile_model: Any
-) -> None:
+def test_projections_go_to_their_own_layers(model: Any, tmp_path: Path, compile_model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     plans = [
         Plan(p.tile_shapes, p.density, "projection",

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks import plain_dits
 from compiling import capture
 from torch import Tensor
-
 from veda_compile.passes.sites import Site, find_sites
+
+from benchmarks import plain_dits
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

