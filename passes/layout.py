@@ -159,9 +159,10 @@ def _packed_layout(
             run = runs[fits[0]]
             runs[fits[0]] = Run(run.start, run.length, run.sides, option)
             return SiteLayout(_filled(runs, tokens.tokens), Evidence.OPTION)
-    return Refusal(
-        Reason.TEXT_ONLY if one_axis_positions else Reason.NO_GRID, f"{tokens.tokens} tokens"
-    )
+    detail = f"{tokens.tokens} tokens"
+    if option is not None:
+        detail += f"; option grid {option} has {math.prod(option)}"
+    return Refusal(Reason.TEXT_ONLY if one_axis_positions else Reason.NO_GRID, detail)
 
 
 def _conflict(grid: Grid | None, told: Told, option: Grid | None) -> Refusal | None:

@@ -141,8 +141,9 @@ def _bound(
         planner.sidecar is not None
         and bool(layer.parameters)
         and (
-            (named is None and not planner.sidecar.layer_independent)
-            or (named is not None and named.fingerprint is not None)
+            planner.sidecar.fingerprints_unique()
+            if named is None
+            else named.fingerprint is not None
         )
     )
 

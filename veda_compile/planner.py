@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 
 import torch
 
@@ -20,6 +21,11 @@ from .passes.verdict import Policy
 from .sidecar import LayerCard, Sidecar
 
 logger = logging.getLogger(__name__)
+
+
+def _template(name: str | None) -> str | None:
+    """A layer's name without its numbers: siblings share it."""
+    return None if name is None else re.sub(r"\d+", "#", name)
 
 
 class Planner:
@@ -85,6 +91,9 @@ class Planner:
         if card is not None:
             sidecar.check_model([LayerCard(card.name, heads, head_dim, None)], complete=False)
             return None
+        siblings = [c for c in sidecar.model.layers if _template(c.name) == _template(layer.name)]
+        if siblings and _template(layer.name) != layer.name:
+            return Refusal(Reason.NO_PLAN, f"{layer.name}: it has {len(siblings)} others like it")
         if not any((c.heads, c.head_dim) == (heads, head_dim) for c in sidecar.model.layers):
             raise SidecarError(
                 f"sidecar {sidecar.source} was made for {sidecar.model.model_class}, of whose "
