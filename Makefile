@@ -8,8 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)  ## generate the same clips dense and sparse, compare, write pictures
 	$(BIN)/python examples/quickstart.py
 
+# two workers with one thread each: the tests are many and small
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) typecheck-tree  ## ruff and mypy
 	$(BIN)/ruff check .

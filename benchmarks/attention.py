@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.fields import video_qkv
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.executors import Executor, Traits, choose_executor
 from veda_compile.kernels.layout import Layout, Video
@@ -29,8 +31,6 @@ from veda_compile.kernels.op import sparse_attention_v1
 from veda_compile.kernels.plan import Plan, least_padding_shape
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import kept_map, select_tiles
-
-from benchmarks.fields import video_qkv
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Largest accepted |out - reference|, as a share of the largest |reference|."""

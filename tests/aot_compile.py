@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan

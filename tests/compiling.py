@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from veda_compile.kernels import op
-from veda_compile.kernels.call import AttentionCall
-from veda_compile.kernels.executors import execute
 
 import veda_compile
 from benchmarks.zoo import call, entry
 from veda_compile.backend import veda
+from veda_compile.kernels import op
+from veda_compile.kernels.call import AttentionCall
+from veda_compile.kernels.executors import execute
 from veda_compile.report import SiteRecord
 
 GRID = (5, 6, 10)

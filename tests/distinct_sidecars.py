@@ -12,10 +12,10 @@ import torch
 from small_transformers import Grid
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from veda_compile.kernels.plan import Plan
 
 from veda_compile.errors import VedaError
 from veda_compile.fingerprint import fingerprint, module_tensors
+from veda_compile.kernels.plan import Plan
 from veda_compile.sidecar import GridPlan, LayerCard, ModelCard, Sidecar
 
 HEADS = 2

@@ -11,6 +11,7 @@ import math
 from fractions import Fraction
 
 import torch
+
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Layout, Video
 from veda_compile.kernels.plan import TileShape

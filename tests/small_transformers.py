@@ -18,10 +18,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import nn
-from veda_compile.kernels.layout import Layout
-from veda_compile.kernels.plan import Plan
 
 from veda_compile.functional import sparse_attention
+from veda_compile.kernels.layout import Layout
+from veda_compile.kernels.plan import Plan
 
 Grid = tuple[int, int, int]
 Inputs = dict[str, Any]

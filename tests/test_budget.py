@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from veda_compile.kernels.budget import kept_density, tiles_to_keep
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import count_tiles, factorisations, ideal_tiles

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from veda_compile.kernels import cpu, cpu_build, cpu_native, cpu_select
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.cpu import CpuExecutor

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_attention import boxes_of_tokens, naive_attention
+
 from veda_compile.kernels.call import AttentionCall, Selection, empty_output
 from veda_compile.kernels.errors import ExecutorError
 from veda_compile.kernels.executors import (

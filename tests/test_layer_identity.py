@@ -26,12 +26,12 @@ from small_transformers import (
     wan_inputs,
 )
 from torch._dynamo.utils import counters
-from veda_compile.kernels.layout import Extra, Layout, Video
-from veda_compile.kernels.plan import Plan
 
 import veda_compile
 from veda_compile.binding import LayerMark
 from veda_compile.errors import SidecarError
+from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.plan import Plan
 
 GRID: Grid = (4, 8, 12)
 FLIPPED: Grid = (4, 12, 8)

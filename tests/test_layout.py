@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from veda_compile.kernels.errors import LayoutError
 from veda_compile.kernels.layout import Extra, Layout, Video
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from compiling import GRID, SETTINGS, Ran, traced
+
+from benchmarks.zoo import ENTRIES, entry
 from veda_compile.kernels.layout import Layout, Video
 from veda_compile.kernels.selection import kept_map, select_tiles
 from veda_compile.kernels.tiles import tile_table
-
-from benchmarks.zoo import ENTRIES, entry
 
 NAMES = [known.name for known in ENTRIES if known.name != "hunyuan"]  # it is run in bfloat16
 

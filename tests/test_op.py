@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+
+from veda_compile.functional import sparse_attention
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.errors import ExecutorError, LayoutError, PlanError
 from veda_compile.kernels.layout import Extra, Layout, Video
@@ -13,8 +15,6 @@ from veda_compile.kernels.op import OP_NAME, sparse_attention_v1
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import select_tiles
-
-from veda_compile.functional import sparse_attention
 
 LAYOUT = Layout.of(Extra(3), Video(2, 4, 8), Extra(5))
 PLAN = Plan(((1, 2, 4), (2, 2, 2)), (0.3, 0.5))

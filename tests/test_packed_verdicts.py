@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from compiling import compiled, run, sparse_calls
 from torch import Tensor, fx, nn
 from toys import GRID, TOKENS, Attention, latents, toy
+
+import veda_compile
+from veda_compile import StrictError
 from veda_compile.kernels.executors import YES, Answer
 from veda_compile.passes.layout import Evidence, Run, SiteLayout
 from veda_compile.passes.reasons import Reason
 from veda_compile.passes.sites import Operand, Site
 from veda_compile.passes.verdict import Dimensions, Policy, judge_call
-
-import veda_compile
-from veda_compile import StrictError
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from veda_compile.kernels.errors import PlanError
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import (

@@ -26,10 +26,10 @@ from small_transformers import (
     wan_inputs,
 )
 from torch._dynamo.utils import counters
-from veda_compile.kernels.layout import Extra, Layout, Segment, Video
-from veda_compile.kernels.plan import Plan, least_padding_shape
 
 import veda_compile
+from veda_compile.kernels.layout import Extra, Layout, Segment, Video
+from veda_compile.kernels.plan import Plan, least_padding_shape
 
 DENSITY = 0.3
 OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from compiling import run
 from torch import Tensor
 from toys import GRID, TOKENS, latents, toy
+
 from veda_compile.passes.attention_ops import AttentionOp, register_attention_op
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from naive_attention import naive_score
+
 from veda_compile.kernels.budget import tiles_to_keep
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.executors import EXECUTOR_NAMES, get_executor

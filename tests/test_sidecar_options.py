@@ -11,11 +11,11 @@ import pytest
 import torch
 from distinct_sidecars import distinct_plans, refused, save_sidecar
 from small_transformers import EXACT, QUICK, Grid, distance, run, run_by_hand, wan, wan_inputs
-from veda_compile.kernels.layout import Layout, Video
-from veda_compile.kernels.plan import Plan
 
 import veda_compile
 from veda_compile.errors import OptionsError
+from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.plan import Plan
 from veda_compile.sidecar import Sidecar
 
 GRID: Grid = (4, 8, 12)

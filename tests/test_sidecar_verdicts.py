@@ -10,10 +10,10 @@ import torch
 from distinct_sidecars import distinct_plans, refused, save_sidecar
 from small_transformers import QUICK, wan, wan_inputs
 from torch import nn
-from veda_compile.kernels.plan import Plan
 
 import veda_compile
 from veda_compile.errors import SidecarError
+from veda_compile.kernels.plan import Plan
 from veda_compile.sidecar import LayerCard, Sidecar
 
 GRID = (3, 4, 6)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from compiling import capture
 from torch import Tensor
-from veda_compile.passes.sites import Site, find_sites
 
 from benchmarks import plain_dits
+from veda_compile.passes.sites import Site, find_sites
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import factorisations
 from veda_compile.kernels.tiles import tile_table

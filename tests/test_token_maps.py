@@ -12,12 +12,12 @@ import pytest
 import torch
 from compiling import GRID, traced
 from torch import Tensor, fx
+
+from benchmarks.zoo import entry
 from veda_compile.passes.attention_ops import provenance_rules
 from veda_compile.passes.provenance import Provenance
 from veda_compile.passes.sites import Operand, Site, find_sites
 from veda_compile.passes.token_map import TokenMap, coordinates, token_map
-
-from benchmarks.zoo import entry
 
 PROBES = 3
 MODELS = ["wan t2v batch 2", "wan i2v", "hunyuan batch 2", "cogvideox 2b", "cogvideox 5b",

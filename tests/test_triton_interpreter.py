@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
+
 from veda_compile.kernels.call import AttentionCall, Selection  # noqa: E402
 from veda_compile.kernels.executors import Traits  # noqa: E402
 from veda_compile.kernels.layout import Extra, Layout, Video  # noqa: E402

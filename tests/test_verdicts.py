@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from compiling import run
 from torch import Tensor, nn
 from toys import GRID, TOKENS, Attention, Video, latents, toy
-from veda_compile.passes.reasons import Reason
 
 import veda_compile
+from veda_compile.passes.reasons import Reason
 from veda_compile.report import SiteRecord
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

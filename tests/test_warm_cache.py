@@ -12,8 +12,9 @@ import pytest
 import torch
 from distinct_sidecars import distinct_plans, save_sidecar
 from small_transformers import distance, run_by_hand, wan, wan_inputs
-from veda_compile.kernels.layout import Layout, Video
 from warm_cache_program import GRID
+
+from veda_compile.kernels.layout import Layout, Video
 
 LAYERS = [f"blocks.{i}.attn1" for i in range(2)]
 TOLERANCE = 1e-4
