@@ -2,7 +2,7 @@
 
 A shape that pads more needs more tiles for the same grid; it must not buy more work with them. So
 the number of tiles kept per query tile is density * n_ideal^2 / n, n_ideal being the tiles of a
-grid that needs no padding (method section 3, "selection rules that mattered").
+grid that needs no padding (docs/method.md, section 3).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .layout import Layout, Video
 TileShape = tuple[int, int, int]
 
 SCORES = ("closed_form", "mean", "projection")
-"""closed_form: method section 3. mean: mean(q).mean(k) alone. projection: TripPool maps."""
+"""See docs/method.md, section 2. mean: mean(q).mean(k) alone. projection: TripPool maps."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,9 +38,9 @@ def tile_scores(
     """Scores (B, h, n, n) float32 of query tile i (dim 2) for key tile j (dim 3).
 
     closed_form: log S_j + mean_i.mean_j * scale + E[q^2]_i.Var(k)_j * scale^2 / 2, the cumulant
-    expansion of the log mass (method section 3). mean: its middle term alone. key_rows: (B or 1,
-    1, n), rows S_j that count. Tiles with none, and only those, score -inf: what is NaN becomes the
-    largest finite number, so that such tiles are kept and the NaN shows in the output.
+    expansion of the log mass (docs/method.md, section 2). mean: its middle term alone. key_rows:
+    (B or 1, 1, n), rows S_j that count. Tiles with none, and only those, score -inf: what is NaN
+    becomes the largest finite number, so that such tiles are kept and the NaN shows in the output.
     """
     scores = q_features @ k_features.transpose(-1, -2)
     if plan.score != "mean":

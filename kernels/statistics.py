@@ -31,7 +31,7 @@ def tile_statistics(
     """Statistics of x (B, h, N, D) over the tiles of `table`, in float32.
 
     valid: (B, N) bool, rows to count, or None for all. The variance takes two passes: E[x^2] -
-    E[x]^2 loses up to 31 % on RMS-normed keys (method section 3).
+    E[x]^2 loses up to 31 % on RMS-normed keys (docs/method.md, section 2).
     """
     batch, heads, _, head_dim = x.shape
     tiles, size = table.rows.shape

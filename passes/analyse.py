@@ -46,6 +46,11 @@ def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> lis
 
     inputs: the backend's example inputs, one per placeholder.
     """
+    with torch.device("cpu"):  # torch.set_default_device must not move the integers of the analysis
+        return _analyse(gm, inputs, policy)
+
+
+def _analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> list[Finding]:
     sites = list(find_sites(gm))
     if not sites:
         return []

@@ -84,7 +84,8 @@ def test_uninstalled_checkout_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["passes", "kernels"])
 def test_folders_are_not_importable_by_their_own_name(name: str, tmp_path: Path) -> None:
     code = (
-        f"import sys\ntry:\n    import {name} as found\nexcept ModuleNotFoundError:\n    sys.exit()\n"
+        f"import sys\ntry:\n    import {name} as found\n"
+        "except ModuleNotFoundError:\n    sys.exit()\n"
         "assert not (found.__file__ or '').startswith(sys.argv[1])"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, cwd=tmp_path)

@@ -21,6 +21,7 @@ from veda_compile.kernels.plan import Plan  # noqa: E402
 from veda_compile.kernels.reference import ReferenceExecutor  # noqa: E402
 from veda_compile.kernels.triton import attend  # noqa: E402
 from veda_compile.kernels.triton.choose import choose  # noqa: E402
+from veda_compile.kernels.triton.configs import AttendConfig  # noqa: E402
 from veda_compile.kernels.triton.executor import TritonExecutor  # noqa: E402
 from veda_compile.kernels.triton.tables import (  # noqa: E402
     budget_table,
@@ -57,6 +58,16 @@ def bfloat16_products(monkeypatch):
         return original(self, widened(a), widened(b), d, *options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def whole_tiles(monkeypatch):
+    """One program per tile and one step per key tile: the interpreter's time goes with both."""
+
+    def config(head_dim, tile_size, dtype, generation):
+        return AttendConfig(tile_size, tile_size, 4, 1)
+
+    monkeypatch.setattr(attend, "attend_config", config)
 
 
 def in_nan(*shape, dtype, channel_step=1):
@@ -120,9 +131,8 @@ SHAPES = {64: (2, 4, 8), 128: (4, 4, 8)}
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", [float32, float16, torch.bfloat16], ids=str)
 def test_attend(dtype, head_dim, size):
-    layout = Layout.of(Video(4, 6, 9), Extra(5))
-    plan = Plan.uniform(2, SHAPES[size], 0.5)
-    call = make_call(layout, plan, head_dim, dtype)
+    layout = Layout.of(Video(2, 6, 9), Extra(5))
+    call = make_call(layout, Plan((SHAPES[size],) * 2, (0.5, 1.0)), head_dim, dtype)
     check_attend(call, REFERENCE.select(call))
 
 
@@ -145,6 +155,7 @@ def some_valid(batch, layout):
     return valid
 
 
+@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("padded", [False, True])
 def test_attend_with_everything_at_once(padded):
     valid = some_valid(2, MIXED_LAYOUT) if padded else None
@@ -190,6 +201,7 @@ def test_wide_selection_keeps_the_best():
     check_select(make_call(layout, Plan.uniform(1, (1, 8, 8), 0.2)))
 
 
+@pytest.mark.usefixtures("whole_tiles")
 def test_nan_is_kept_and_shows():
     layout = Layout.of(Video(2, 4, 32))
     call = make_call(layout, Plan.uniform(1, (2, 4, 8), 0.25))
@@ -203,6 +215,7 @@ def test_nan_is_kept_and_shows():
     assert torch.equal(lse[0, 0].isnan(), keeping[tile])
 
 
+@pytest.mark.usefixtures("whole_tiles")
 def test_unlisted_entries_are_not_read():
     layout = Layout.of(Video(4, 4, 20), Extra(2))
     call = make_call(layout, Plan.uniform(2, (2, 4, 8), 0.5))
@@ -224,6 +237,7 @@ def test_rows_without_any_key():
     assert (lse[0, 0, :128] == -math.inf).equal(empty)
 
 
+@pytest.mark.usefixtures("whole_tiles")
 def test_lists_may_be_strided():
     layout = Layout.of(Video(2, 4, 24))
     call = make_call(layout, Plan.uniform(2, (2, 4, 8), 0.6))
@@ -233,12 +247,14 @@ def test_lists_may_be_strided():
     check_attend(call, Selection(indices, counts))
 
 
+@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("scale", [-0.2, 1e-9, 0.5])
 def test_unusual_scales(scale):
     call = make_call(Layout.of(Video(2, 4, 16), Extra(1)), MIXED_PLAN, kv_heads=4, scale=scale)
     check_attend(call, REFERENCE.select(call))
 
 
+@pytest.mark.usefixtures("whole_tiles")
 def test_channels_need_not_be_adjacent():
     layout = Layout.of(Video(2, 4, 16))
     q, k, v = (in_nan(1, 2, 128, 64, dtype=float32, channel_step=2) for _ in range(3))
@@ -265,6 +281,7 @@ def test_addresses_beyond_32_bits(monkeypatch):
     check_attend(call, check_select(call))
 
 
+@pytest.mark.usefixtures("whole_tiles")
 def test_through_the_op():
     layout = Layout.of(Video(2, 4, 20), Extra(3))
     plan = Plan.uniform(2, (2, 4, 8), 0.5)

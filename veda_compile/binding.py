@@ -120,11 +120,11 @@ class Binder:
         plan = group.plan(mark, grids)
         group.used(mark, grids, plan)
         tensors = [
-            torch.tensor(plan.tile_shapes, dtype=torch.int32),
-            torch.tensor(plan.density, dtype=torch.float64),
+            torch.tensor(plan.tile_shapes, dtype=torch.int32, device="cpu"),
+            torch.tensor(plan.density, dtype=torch.float64, device="cpu"),
         ]
         if plan.projection is not None:
             tensors.append(plan.projection.to(group.device))
         if group.per_call:
-            tensors.append(torch.tensor(grids, dtype=torch.int64))
+            tensors.append(torch.tensor(grids, dtype=torch.int64, device="cpu"))
         return tuple(tensors)
