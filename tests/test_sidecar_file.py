@@ -260,9 +260,9 @@ def test_loading_runs_nothing_from_the_file(path: Path) -> None:
     write_parts(path, document, tensors)
     code = (
         "import pickle, sys\n"
+        "from veda_compile.sidecar import Sidecar\n"
         "def no(*a, **k): raise SystemExit('unpickled')\n"
         "pickle.load = pickle.loads = pickle.Unpickler = no\n"
-        "from veda_compile.sidecar import Sidecar\n"
         "sys.exit(Sidecar.load(sys.argv[1]).provenance['__reduce__'] != 'os.system')"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
