@@ -1,4 +1,4 @@
-"""Write a sidecar for the reference model: per head the best tile shape, and a budget by measured need.
+"""Write a sidecar for the reference model: per head a tile shape, and a budget by measured need.
 
 Every self-attention of a few noised data clips is run with every tile shape; each head keeps the
 shape with the least relative squared error. Then error is measured at several densities, and the

@@ -38,8 +38,9 @@ from veda_compile.report import SiteRecord
 PLANS = FOLDER / "plans.veda.safetensors"
 """Per-head plans of the reference model, written by measure_plans.py."""
 
+DENSITY = 0.4
 STEPS = 20
-CLIPS = 2
+CLIPS = 3
 GUIDANCE = 1.0
 """1 takes the condition as it is: one forward pass a step, as in distilled models."""
 
@@ -49,9 +50,7 @@ WIDTH_OF_FILES = 120
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON line alone.")] = False,
-    density: Annotated[
-        float | None, typer.Option(help="Share of key tiles kept; the sidecar's, or 0.2 without.")
-    ] = None,
+    density: Annotated[float, typer.Option(help="Share of key tiles kept, mean.")] = DENSITY,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per clip.")] = STEPS,
     clips: Annotated[int, typer.Option(min=1, help="Clips to generate.")] = CLIPS,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto takes cuda if there.")] = "auto",
@@ -79,9 +78,7 @@ def main(
         size, steps, clips, seed, GUIDANCE, on,
         torch.bfloat16 if on.type == "cuda" else torch.float32,
     )  # fmt: skip
-    options: dict[str, Any] = {"inner": inner}
-    if density is not None:
-        options["density"] = density
+    options: dict[str, Any] = {"inner": inner, "density": density}
     if sidecar == "auto":
         sidecar = str(PLANS) if model == WEIGHTS else "none"
     if sidecar != "none":
