@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from reference_model.dataset import NUM_CLASSES
-from reference_model.sampling import sample
+from reference_model.sampling import sample_steps
 from torch import Tensor
 
 
@@ -79,19 +79,34 @@ class TimedModel:
 def warm_up(model: Callable[..., Any], setup: Setup, calls: int = 3) -> float:
     """Compile a model for the set-up and run it a few times. Returns the first call's seconds."""
     watched = TimedModel(model, setup.device)
-    generate(watched, setup, 0, lambda: None, steps=calls)
+    for _ in _states(watched, setup, clip=0, steps=calls):
+        pass
     return watched.seconds[0]
 
 
-def generate(
-    model: Callable[..., Any],
-    setup: Setup,
-    clip: int,
-    after_step: Callable[[], None],
-    steps: int | None = None,
-) -> Tensor:
-    """One clip, (1, 3, T, H, W) float32 on CPU, clamped to [-1, 1] as a screen shows it."""
-    drawn = sample(
+def generate_both(
+    dense: TimedModel, sparse: TimedModel, setup: Setup, after_step: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """The same clips from both models: two (B, 3, T, H, W), as `_shown` makes them.
+
+    The models take turns step by step, so that both meet the same state of the machine.
+    """
+    ends = []
+    for clip in range(setup.clips):
+        pairs = zip(_states(dense, setup, clip), _states(sparse, setup, clip), strict=True)
+        for pair in pairs:
+            end = pair
+            after_step()
+        ends.append(end)
+    dense_ends, sparse_ends = zip(*ends, strict=True)
+    return _shown(dense_ends), _shown(sparse_ends)
+
+
+def _states(
+    model: Callable[..., Any], setup: Setup, clip: int, steps: int | None = None
+) -> Iterator[Tensor]:
+    """The latents of one clip after each step."""
+    return sample_steps(
         model,
         [setup.class_of(clip)],
         setup.size,
@@ -100,21 +115,9 @@ def generate(
         guidance=setup.guidance,
         device=setup.device,
         dtype=setup.dtype,
-        callback=lambda step, total, latents: after_step(),
     )
-    return drawn.cpu().clamp(-1.0, 1.0)
 
 
-def generate_both(
-    dense: TimedModel, sparse: TimedModel, setup: Setup, after_step: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """All clips of both models: two (B, 3, T, H, W).
-
-    The models take turns, and each goes first every other time, so that both meet the same state
-    of the machine.
-    """
-    clips: dict[int, list[Tensor]] = {id(dense): [], id(sparse): []}
-    for clip in range(setup.clips):
-        for model in (dense, sparse) if clip % 2 == 0 else (sparse, dense):
-            clips[id(model)].append(generate(model, setup, clip, after_step))
-    return torch.cat(clips[id(dense)]), torch.cat(clips[id(sparse)])
+def _shown(clips: Sequence[Tensor]) -> Tensor:
+    """One float32 batch on CPU, clamped to [-1, 1] as a screen shows it."""
+    return torch.cat(list(clips)).cpu().clamp(-1.0, 1.0)

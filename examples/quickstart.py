@@ -117,7 +117,7 @@ def run(
     with bar:
         compiling = bar.add_task("compile and warm up", total=2)
         sampling = bar.add_task(
-            "sample, dense and veda in turn", total=2 * setup.clips * setup.steps
+            "sample, a dense and a veda step in turn", total=2 * setup.clips * setup.steps
         )
         measuring = bar.add_task("attention alone", total=None)
 

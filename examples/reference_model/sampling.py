@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -69,6 +69,57 @@ def initial_noise(batch: int, size: tuple[int, int, int], seed: int, channels: i
 
 
 @torch.no_grad()
+def sample_steps(
+    model: Callable[..., Any],
+    class_ids: Sequence[int],
+    size: tuple[int, int, int] = DEFAULT_SIZE,
+    steps: int = 20,
+    seed: int = 0,
+    *,
+    guidance: float = 1.5,
+    shift: float = 3.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Tensor]:
+    """Draw clips step by step; see :func:`sample` for the arguments.
+
+    Yields:
+        The latents after each step, float32 ``(B, 3, T, H, W)``; the last are the clips.
+    """
+    data = _dataset()
+    first = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    if device is None:
+        device = first.device if first is not None else "cpu"
+    if dtype is None:
+        default = first.dtype if first is not None else torch.float32
+        dtype = getattr(model, "dtype", default)
+    batch = len(class_ids)
+    guided = guidance != 1.0
+    text = data.class_embeddings(torch.tensor(list(class_ids), dtype=torch.int64))
+    if guided:
+        null = data.class_embeddings(torch.full((batch,), data.NULL_CLASS, dtype=torch.int64))
+        text = torch.cat([text, null])
+    text = text.to(device=device, dtype=dtype)
+    levels = noise_levels(steps, shift)
+    x = initial_noise(batch, size, seed).to(device)
+    for step in range(steps):
+        now, after = float(levels[step]), float(levels[step + 1])
+        inputs = torch.cat([x, x]) if guided else x
+        timestep = torch.full((inputs.shape[0],), 1000.0 * now, device=device)
+        velocity = model(
+            hidden_states=inputs.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0].float()
+        if guided:
+            with_class, without = velocity.chunk(2)
+            velocity = without + guidance * (with_class - without)
+        x = x + (after - now) * velocity
+        yield x
+
+
+@torch.no_grad()
 def sample(
     model: Callable[..., Any],
     class_ids: Sequence[int],
@@ -102,36 +153,12 @@ def sample(
     Returns:
         float32 ``(B, 3, T, H, W)``, RGB nominally in [-1, 1], not clamped.
     """
-    data = _dataset()
-    first = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    if device is None:
-        device = first.device if first is not None else "cpu"
-    if dtype is None:
-        default = first.dtype if first is not None else torch.float32
-        dtype = getattr(model, "dtype", default)
-    batch = len(class_ids)
-    guided = guidance != 1.0
-    text = data.class_embeddings(torch.tensor(list(class_ids), dtype=torch.int64))
-    if guided:
-        null = data.class_embeddings(torch.full((batch,), data.NULL_CLASS, dtype=torch.int64))
-        text = torch.cat([text, null])
-    text = text.to(device=device, dtype=dtype)
-    levels = noise_levels(steps, shift)
-    x = initial_noise(batch, size, seed).to(device)
-    for step in range(steps):
-        now, after = float(levels[step]), float(levels[step + 1])
-        inputs = torch.cat([x, x]) if guided else x
-        timestep = torch.full((inputs.shape[0],), 1000.0 * now, device=device)
-        velocity = model(
-            hidden_states=inputs.to(dtype),
-            timestep=timestep,
-            encoder_hidden_states=text,
-            return_dict=False,
-        )[0].float()
-        if guided:
-            with_class, without = velocity.chunk(2)
-            velocity = without + guidance * (with_class - without)
-        x = x + (after - now) * velocity
+    states = sample_steps(
+        model, class_ids, size, steps, seed,
+        guidance=guidance, shift=shift, device=device, dtype=dtype,
+    )  # fmt: skip
+    x = torch.empty(0)
+    for step, x in enumerate(states):
         if callback is not None:
             callback(step, steps, x)
     return x
