@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,12 +18,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class AttentionCall:
     """The inputs of sparse attention.
 
-    q: (B, H, N, D); k, v: (B, Hkv, N, D) with H a multiple of Hkv; any strides; float32, float16
+    q: (B, H, Nq, D); k, v: (B, Hkv, Nk, D) with H a multiple of Hkv; any strides; float32, float16
         or bfloat16, the same for all three.
-    layout: the segments of the N tokens.
+    layout: the segments of the Nk keys; all but those of context segments are the Nq queries.
     plan: per-head tile shapes and densities for the H query heads.
     scale: factor on the logits.
-    key_valid: (B, N) bool, False for keys nobody attends to (padding), or None.
+    key_valid: (B, Nk) bool, False for keys nobody attends to (padding), or None.
+    keep_all: () bool on q's device; where it is True the call keeps every tile of every head, as
+        density 1.0 does. None is False, known beforehand.
     """
 
     q: torch.Tensor
@@ -33,6 +35,7 @@ class AttentionCall:
     plan: Plan
     scale: float
     key_valid: torch.Tensor | None = None
+    keep_all: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, x in (("q", self.q), ("k", self.k), ("v", self.v)):
@@ -42,12 +45,14 @@ class AttentionCall:
                 raise PlanError(f"{name} of shape {tuple(x.shape)}: no side may be 0")
         if self.q.dtype not in DTYPES:
             raise PlanError(f"q is {self.q.dtype}: must be float32, float16 or bfloat16")
-        batch, heads, tokens, head_dim = self.q.shape
-        kv_shape = (batch, self.k.shape[1], tokens, head_dim)
+        batch, heads, queries, head_dim = self.q.shape
+        keys = self.k.shape[2]
+        kv_shape = (batch, self.k.shape[1], keys, head_dim)
         if self.k.shape != kv_shape or self.v.shape != kv_shape:
             raise PlanError(
                 f"k {tuple(self.k.shape)} and v {tuple(self.v.shape)} do not go with "
-                f"q {tuple(self.q.shape)}: all but the number of heads must be equal"
+                f"q {tuple(self.q.shape)}: k and v must be of one shape, and of q's but for the "
+                "numbers of heads and of tokens"
             )
         if heads % self.k.shape[1]:
             raise PlanError(f"{heads} query heads cannot share {self.k.shape[1]} KV heads evenly")
@@ -60,16 +65,25 @@ class AttentionCall:
                 f"q, k, v are on {self.q.device}, {self.k.device}, {self.v.device}: must be on one"
             )
         self.plan.check(heads, head_dim)
-        self.layout.check_length(tokens)
+        self.layout.check_length(keys, queries)
         valid = self.key_valid
-        if valid is not None and (valid.shape != (batch, tokens) or valid.dtype != torch.bool):
+        if valid is not None and (valid.shape != (batch, keys) or valid.dtype != torch.bool):
             raise LayoutError(
                 f"key_valid is {valid.dtype} of shape {tuple(valid.shape)}: must be bool of shape "
-                f"({batch}, {tokens})"
+                f"({batch}, {keys})"
             )
         if valid is not None and valid.device != self.q.device:
             raise LayoutError(
                 f"key_valid is on {valid.device} but q is on {self.q.device}: must be on one"
+            )
+        flag = self.keep_all
+        if flag is not None and (flag.dim() != 0 or flag.dtype != torch.bool):
+            raise PlanError(
+                f"keep_all is {flag.dtype} of shape {tuple(flag.shape)}: must be one bool, ()"
+            )
+        if flag is not None and flag.device != self.q.device:
+            raise PlanError(
+                f"keep_all is on {flag.device} but q is on {self.q.device}: must be on one"
             )
 
     @property
@@ -77,10 +91,19 @@ class AttentionCall:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    def with_flag_read(self) -> AttentionCall:
+        """The same call with `keep_all` gone into the plan. Waits for the device."""
+        if self.keep_all is None:
+            return self
+        plan = self.plan
+        if bool(self.keep_all):
+            plan = replace(plan, density=(1.0,) * plan.heads)
+        return replace(self, plan=plan, keep_all=None)
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The key tiles each query tile keeps. Extra keys are always kept and not listed.
+    """The key tiles each query tile keeps. Keys without a grid are always kept and not listed.
 
     indices: (B, H, Q, K) int32, ascending tile numbers of that head's tile table; entries from
         `counts` on are unspecified and must not be read. Q is the largest tile count of any head.
@@ -92,6 +115,6 @@ class Selection:
 
 
 def empty_output(q: torch.Tensor) -> torch.Tensor:
-    """A fresh (B, H, N, D) tensor stored as (B, N, H, D), as models read it next."""
+    """A fresh tensor of q's shape (B, H, N, D) stored as (B, N, H, D), as models read it next."""
     batch, heads, tokens, head_dim = q.shape
     return q.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)

@@ -13,22 +13,24 @@ namespace veda {
 // Mirrored by `_Call` in cpu_native.py.
 struct Call {
     Tensor q, k, v;
-    void* out;  // (B, N, H, D): bfloat16 for bfloat16 inputs, else float32
-    float* lse;  // (B, H, N)
-    const uint8_t* key_valid;  // (B, N) or null
-    const int32_t* const* tile_rows;  // per head (n_h, S), ragged tiles end in -1
+    void* out;  // (B, Nq, H, D): bfloat16 for bfloat16 inputs, else float32
+    float* lse;  // (B, H, Nq)
+    const uint8_t* key_valid;  // (B, Nk) or null
+    const int32_t* const* tile_rows;  // keys, per head (n_h, S), ragged tiles end in -1
+    const int32_t* const* query_rows;  // the same tokens among the queries
     const int64_t* tile_counts;  // per head n_h
-    const int32_t* extra;  // (E,)
+    const int32_t* extra;  // keys in no tile
+    const int32_t* extra_queries;  // queries in no tile
     const int32_t* indices;  // (B, H, Q, K)
     const int32_t* counts;  // (B, H, Q)
-    int64_t dtype, batches, heads, kv_heads, tokens, head_dim, tile_size;
-    int64_t extras, list_rows, list_width, threads;
+    int64_t dtype, batches, heads, kv_heads, queries, keys, head_dim, tile_size;
+    int64_t extra_count, extra_query_count, list_rows, list_width, threads;
     double scale;
 };
 
 struct Task {
     int64_t batch, head;
-    const int32_t* queries;  // token positions
+    const int32_t* queries;  // rows of q
     int64_t query_count;
     int64_t tile;  // -1 for extra queries, which attend to every key
 };
@@ -48,7 +50,7 @@ class Worker {
         const bool dense_rows = c.k.column == 1 && c.v.column == 1;
         direct = c.dtype == FLOAT32 && dense_rows;
         pairs = VEDA_BF16_PAIRS && c.dtype == BFLOAT16 && dense_rows && d % 2 == 0;
-        keys.resize(c.tokens);
+        keys.resize(c.keys);
         q.resize(groups * d * LANES);
         o.resize(groups * d * LANES);
         top.resize(groups * LANES);
@@ -80,15 +82,15 @@ class Worker {
 
   private:
     int64_t list_keys(const Task& task) {
-        const uint8_t* valid = c.key_valid ? c.key_valid + task.batch * c.tokens : nullptr;
+        const uint8_t* valid = c.key_valid ? c.key_valid + task.batch * c.keys : nullptr;
         int64_t count = 0;
         if (task.tile < 0) {
-            for (int64_t token = 0; token < c.tokens; token++) {
+            for (int64_t token = 0; token < c.keys; token++) {
                 if (!valid || valid[token]) keys[count++] = int32_t(token);
             }
             return count;
         }
-        for (int64_t e = 0; e < c.extras; e++) {
+        for (int64_t e = 0; e < c.extra_count; e++) {
             if (!valid || valid[c.extra[e]]) keys[count++] = c.extra[e];
         }
         const int64_t list = (task.batch * c.heads + task.head) * c.list_rows + task.tile;
@@ -271,7 +273,7 @@ class Worker {
             const float* panel = o.data() + (i / LANES) * d * LANES + lane;
             const float total = sum[i];  // 0 only where no key was listed
             const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-            const int64_t at = ((task.batch * c.tokens + token) * c.heads + task.head) * d;
+            const int64_t at = ((task.batch * c.queries + token) * c.heads + task.head) * d;
             if (c.dtype == BFLOAT16) {
                 uint16_t* to = static_cast<uint16_t*>(c.out) + at;
                 for (int64_t e = 0; e < d; e++) to[e] = narrow_bf16(panel[e * LANES] * inverse);
@@ -279,7 +281,7 @@ class Worker {
                 float* to = static_cast<float*>(c.out) + at;
                 for (int64_t e = 0; e < d; e++) to[e] = panel[e * LANES] * inverse;
             }
-            c.lse[(task.batch * c.heads + task.head) * c.tokens + token] =
+            c.lse[(task.batch * c.heads + task.head) * c.queries + token] =
                 total == 0.0f ? MINUS_INFINITY : top[i] * LN2 + std::log(total);
         }
     }
@@ -303,12 +305,13 @@ std::vector<Task> list_tasks(const Call& c) {
     // extra queries see every key and take longest: first, so that no thread ends on one
     for (int64_t b = 0; b < c.batches; b++)
         for (int64_t h = 0; h < c.heads; h++)
-            for (int64_t e = 0; e < c.extras; e += CHUNK)
-                tasks.push_back({b, h, c.extra + e, std::min(int64_t(CHUNK), c.extras - e), -1});
+            for (int64_t e = 0; e < c.extra_query_count; e += CHUNK)
+                tasks.push_back({b, h, c.extra_queries + e,
+                                 std::min(int64_t(CHUNK), c.extra_query_count - e), -1});
     for (int64_t b = 0; b < c.batches; b++)
         for (int64_t h = 0; h < c.heads; h++)
             for (int64_t t = 0; t < c.tile_counts[h]; t++) {
-                const int32_t* rows = c.tile_rows[h] + t * c.tile_size;
+                const int32_t* rows = c.query_rows[h] + t * c.tile_size;
                 const int32_t* end = std::find(rows, rows + c.tile_size, -1);
                 tasks.push_back({b, h, rows, end - rows, t});
             }

@@ -38,7 +38,7 @@ def gather_attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tens
 
 
 class _Head:
-    """One head of one batch element: q, k, v, out (N, D), lse (N,), valid (N,) or None."""
+    """One head of one batch element: q, out (Nq, D), lse (Nq,), k, v (Nk, D), valid (Nk,)."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class _Head:
 
     def extra(self, table: TileTable) -> None:
         """Extra queries attend to every valid key."""
-        if table.extra.numel():
+        if table.extra_queries.numel():
             keys = torch.arange(len(self.k), device=self.k.device)
-            self._attend(table.extra.long()[None], keys[None])
+            self._attend(table.extra_queries.long()[None], keys[None])
 
     def video(self, table: TileTable, indices: torch.Tensor, counts: torch.Tensor) -> None:
-        """Video queries attend to the extra keys and to the tiles that theirs keeps."""
+        """Video queries attend to the keys in no tile and to the tiles that theirs keeps."""
         size = table.rows.shape[1]
         # tiles with like counts together: the shorter lists are padded to the longest
         order = torch.argsort(counts[: table.tiles], descending=True, stable=True)
@@ -74,10 +74,10 @@ class _Head:
             kept = torch.where(listed, indices[tiles, :width], 0).long()
             rows = table.rows[kept].masked_fill(~listed[..., None], -1).flatten(1)
             extra = table.extra.expand(len(tiles), -1)
-            self._attend(table.rows[tiles].long(), torch.cat([extra, rows], dim=1).long())
+            self._attend(table.query_rows[tiles].long(), torch.cat([extra, rows], dim=1).long())
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        """queries: (t, S), keys: (t, L) token positions, -1 for none."""
+        """queries: (t, S) rows of q, keys: (t, L) rows of k and v, -1 for none."""
         counted = keys >= 0
         if self.valid is not None:
             counted &= self.valid[keys.clamp(min=0)]

@@ -57,6 +57,7 @@ class _Choice(ctypes.Structure):
 
 def native_select(call: AttentionCall) -> Selection:
     """`select_tiles`, compiled. Raises BuildError where the kernels cannot be built."""
+    call = call.with_flag_read()
     batch, heads = call.q.shape[:2]
     groups = call.plan.groups()
     tables = {shape: tile_table(call.layout, shape, call.q.device) for shape in groups}
@@ -79,13 +80,13 @@ def native_select(call: AttentionCall) -> Selection:
 def native_statistics(
     x: torch.Tensor,
     heads: list[int],
-    table: TileTable,
+    tile_rows: torch.Tensor,
     valid: torch.Tensor | None,
     extremes: bool,
 ) -> TileStatistics:
     """`tile_statistics` of the heads `heads` of x (B, H, N, D), h of them, compiled."""
     batch, _, tokens, head_dim = x.shape
-    tiles, size = table.rows.shape
+    tiles, size = tile_rows.shape
     count = x.new_empty((batch, len(heads), tiles), dtype=torch.float32)
     shape = (5 if extremes else 3, batch, len(heads), tiles, head_dim)
     moments = x.new_empty(shape, dtype=torch.float32)
@@ -94,7 +95,7 @@ def native_statistics(
     job = _Statistics(
         TensorView.of(x),
         None if counted is None else counted.data_ptr(),
-        table.rows.data_ptr(),
+        tile_rows.data_ptr(),
         ctypes.addressof(head_numbers),
         count.data_ptr(),
         *(moment.data_ptr() for moment in moments.unbind()),
@@ -117,10 +118,10 @@ def native_statistics(
 def _scores(call: AttentionCall, table: TileTable, heads: list[int]) -> torch.Tensor:
     """(B, h, n, n) float32."""
     extremes = call.plan.score == "projection"
-    q_stats = native_statistics(call.q, heads, table, None, extremes)
+    q_stats = native_statistics(call.q, heads, table.query_rows, None, extremes)
     kv_heads = [head // call.kv_repeat for head in heads]
     distinct = sorted(set(kv_heads))
-    k_stats = native_statistics(call.k, distinct, table, call.key_valid, extremes)
+    k_stats = native_statistics(call.k, distinct, table.rows, call.key_valid, extremes)
     if distinct != kv_heads:  # query heads that share KV heads share their statistics
         k_stats = _of_heads(k_stats, [distinct.index(head) for head in kv_heads])
     return tile_scores(

@@ -44,13 +44,13 @@ class Executor(Protocol):
         ...
 
     def select(self, call: AttentionCall) -> Selection:
-        """The key tiles each query tile keeps."""
+        """The key tiles each query tile keeps; `call.keep_all` decides here."""
         ...
 
     def attend(
         self, call: AttentionCall, selection: Selection
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out (B, H, N, D) in q's dtype stored as (B, N, H, D), lse (B, H, N) float32)."""
+        """(out (B, H, Nq, D) in q's dtype stored as (B, Nq, H, D), lse (B, H, Nq) float32)."""
         ...
 
 

@@ -1,20 +1,22 @@
-"""Token layouts: an attention sequence as an ordered list of video and extra segments.
+"""Token layouts: an attention sequence as an ordered list of segments.
 
 A *video* segment is a T x H x W grid of tokens in raster order (t slowest, w fastest). An *extra*
-segment is a run of tokens that stand on no grid: text, registers, references, audio.
+segment is a run of tokens that stand on no grid: text, registers, references, audio. A *context*
+segment is a run of keys without queries: a cache, or text that is only attended to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import LayoutError
 
 INTS_PER_SEGMENT = 4
-"""A segment travels through the op as (kind, t, h, w); an extra one as (0, length, 1, 1)."""
+"""A segment travels through the op as (kind, t, h, w); without a grid as (kind, length, 1, 1)."""
 
-_EXTRA, _VIDEO = 0, 1
+EXTRA, VIDEO, CONTEXT = 0, 1, 2
+"""The kinds of segments in an encoded layout."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,28 @@ class Extra:
             )
 
 
-Segment = Video | Extra
+@dataclass(frozen=True)
+class Context:
+    """A run of `length` keys without queries; attention to them is always exact."""
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise LayoutError(
+                f"context segment of length {self.length}: leave out segments that hold no tokens"
+            )
+
+
+Segment = Video | Extra | Context
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The segments of one sequence, in order. At least one of them is a video segment."""
+    """The segments of one sequence, in order. At least one of them is a video segment.
+
+    The keys are the tokens of all segments, the queries those of all but the context segments.
+    """
 
     segments: tuple[Segment, ...]
 
@@ -76,27 +94,39 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Tokens in all segments together."""
+        """Tokens in all segments together: the keys."""
         return sum(segment.length for segment in self.segments)
 
     @property
+    def query_length(self) -> int:
+        """Tokens in all but the context segments: the queries."""
+        return self.length - sum(segment.length for _, segment in self.contexts)
+
+    @property
     def videos(self) -> tuple[tuple[int, Video], ...]:
-        """(first token, segment) of every video segment, in order."""
-        found, offset = [], 0
+        """(first key, segment) of every video segment, in order."""
+        return tuple((at, s) for at, s in self._placed() if isinstance(s, Video))
+
+    @property
+    def contexts(self) -> tuple[tuple[int, Context], ...]:
+        """(first key, segment) of every context segment, in order."""
+        return tuple((at, s) for at, s in self._placed() if isinstance(s, Context))
+
+    def _placed(self) -> Iterator[tuple[int, Segment]]:
+        offset = 0
         for segment in self.segments:
-            if isinstance(segment, Video):
-                found.append((offset, segment))
+            yield offset, segment
             offset += segment.length
-        return tuple(found)
 
     def encode(self) -> list[int]:
         """Four integers per segment, the form the op takes."""
         flat: list[int] = []
         for segment in self.segments:
             if isinstance(segment, Video):
-                flat += [_VIDEO, *segment.grid]
+                flat += [VIDEO, *segment.grid]
             else:
-                flat += [_EXTRA, segment.length, 1, 1]
+                kind = EXTRA if isinstance(segment, Extra) else CONTEXT
+                flat += [kind, segment.length, 1, 1]
         return flat
 
     @classmethod
@@ -109,24 +139,30 @@ class Layout:
         segments: list[Segment] = []
         for i in range(0, len(flat), INTS_PER_SEGMENT):
             kind, t, h, w = (int(value) for value in flat[i : i + INTS_PER_SEGMENT])
-            if kind == _VIDEO:
+            if kind == VIDEO:
                 segments.append(Video(t, h, w))
-            elif kind == _EXTRA and h == w == 1:
-                segments.append(Extra(t))
+            elif kind in (EXTRA, CONTEXT) and h == w == 1:
+                segments.append(Extra(t) if kind == EXTRA else Context(t))
             else:
                 raise LayoutError(f"segment {i // INTS_PER_SEGMENT} is {(kind, t, h, w)}: no such")
         return cls(tuple(segments))
 
-    def check_length(self, tokens: int) -> None:
-        """Raise LayoutError unless the segments cover exactly `tokens` tokens."""
-        if self.length != tokens:
+    def check_length(self, keys: int, queries: int | None = None) -> None:
+        """Raise LayoutError unless the segments cover exactly so many keys and queries."""
+        if self.length != keys:
             raise LayoutError(
-                f"layout {self} holds {self.length} tokens but the sequence has {tokens}"
+                f"layout {self} holds {self.length} tokens but the sequence has {keys}"
+            )
+        if queries is not None and self.query_length != queries:
+            raise LayoutError(
+                f"layout {self} has {self.query_length} queries but q holds {queries}"
             )
 
     def __str__(self) -> str:
         parts = [
-            f"video {s.t}x{s.h}x{s.w}" if isinstance(s, Video) else f"extra {s.length}"
+            f"video {s.t}x{s.h}x{s.w}"
+            if isinstance(s, Video)
+            else f"{type(s).__name__.lower()} {s.length}"
             for s in self.segments
         ]
         return "[" + ", ".join(parts) + "]"

@@ -10,7 +10,7 @@ import torch
 from .call import AttentionCall, empty_output
 from .errors import LayoutError, PlanError
 from .executors import execute
-from .layout import INTS_PER_SEGMENT, Layout
+from .layout import CONTEXT, EXTRA, INTS_PER_SEGMENT, VIDEO, Layout
 from .plan import Plan
 
 OP_NAME = "veda::sparse_attention_v1"
@@ -33,22 +33,26 @@ def sparse_attention_v1(
     score: str,
     scale: float | None,
     executor: str,
+    keep_all: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tile-sparse softmax attention.
 
-    q: (B, H, N, D); k, v: (B, Hkv, N, D); key_valid: (B, N) bool or None.
+    q: (B, H, Nq, D); k, v: (B, Hkv, Nk, D); key_valid: (B, Nk) bool or None.
     layout: `Layout.encode()`, sizes may be symbolic. One extra segment may have the length -1: it
-        takes the tokens the others leave.
+        takes the queries the others leave. So may one context segment, for the keys.
     grids: (V, 3) int64 on CPU, the grids of the layout's V video segments where the graph cannot
         know them (they replace the layout's), or None.
     tile_shapes: (H, 3) int32 and density: (H,) float64, both on CPU so that reading them is no
         device synchronisation. projection: see `Plan`. scale: None is 1/sqrt(D).
-    Returns out (B, H, N, D), stored as (B, N, H, D), and the natural-log LSE (B, H, N) float32.
+    keep_all: () bool on q's device or None; see `AttentionCall`. Read on the device alone there.
+    Returns out (B, H, Nq, D), stored as (B, Nq, H, D), and the natural-log LSE (B, H, Nq) float32.
     Raises LayoutError, PlanError or ExecutorError.
     """
     if q.dim() != 4 or q.shape[3] == 0:
         raise PlanError(f"q of shape {tuple(q.shape)}: must be (B, H, N, D)")
-    segments = _completed(list(layout), grids, q.shape[2])
+    if k.dim() != 4:
+        raise PlanError(f"k of shape {tuple(k.shape)}: must be (B, Hkv, N, D)")
+    segments = _completed(list(layout), grids, q.shape[2], k.shape[2])
     _check_table("tile_shapes", tile_shapes, 2, torch.int32)
     _check_table("density", density, 1, torch.float64)
     plan = Plan(
@@ -65,15 +69,14 @@ def sparse_attention_v1(
         plan,
         1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         key_valid,
+        keep_all,
     )
     out, lse, _ = execute(executor, call)
     return out, lse
 
 
 @sparse_attention_v1.register_fake
-def _(  # type: ignore[no-untyped-def]
-    q, k, v, key_valid, layout, grids, tile_shapes, density, projection, score, scale, executor
-):
+def _(q, *_, **__):  # type: ignore[no-untyped-def]
     return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -85,13 +88,15 @@ def _check_table(name: str, table: torch.Tensor, dims: int, dtype: torch.dtype) 
         )
 
 
-def _completed(segments: list[int], grids: torch.Tensor | None, tokens: int) -> list[int]:
+def _completed(
+    segments: list[int], grids: torch.Tensor | None, queries: int, keys: int
+) -> list[int]:
     """The encoded layout with grids told per call, and "the rest", filled in."""
     if len(segments) % INTS_PER_SEGMENT:
         raise LayoutError(
             f"an encoded layout has {INTS_PER_SEGMENT} integers a segment, got {len(segments)}"
         )
-    starts = [i for i in range(0, len(segments), INTS_PER_SEGMENT) if segments[i] == 1]
+    starts = [i for i in range(0, len(segments), INTS_PER_SEGMENT) if segments[i] == VIDEO]
     if grids is not None:
         if grids.shape != (len(starts), 3) or grids.dtype != torch.int64:
             raise LayoutError(
@@ -100,17 +105,27 @@ def _completed(segments: list[int], grids: torch.Tensor | None, tokens: int) -> 
             )
         for start, grid in zip(starts, grids.tolist(), strict=True):
             segments[start + 1 : start + INTS_PER_SEGMENT] = grid
-    firsts = range(0, len(segments), INTS_PER_SEGMENT)
-    rest = [i + 1 for i in firsts if segments[i : i + 2] == [0, _REST]]
+    if queries > keys:
+        raise LayoutError(
+            f"q holds {queries} tokens and k only {keys}: the tokens of q must be among those of k"
+        )
+    # keys that are no queries stand in context segments, and those hold nothing else
+    segments = _without_rest(segments, (EXTRA, VIDEO), EXTRA, queries)
+    return _without_rest(segments, (CONTEXT,), CONTEXT, keys - queries)
+
+
+def _without_rest(segments: list[int], kinds: tuple[int, ...], kind: int, tokens: int) -> list[int]:
+    """`segments`, with "the rest" told for the one of `kind`; those of `kinds` hold `tokens`."""
+    firsts = [i for i in range(0, len(segments), INTS_PER_SEGMENT) if segments[i] in kinds]
+    rest = [i for i in firsts if segments[i : i + 2] == [kind, _REST]]
+    if not rest:
+        return segments
     if len(rest) > 1:
         raise LayoutError(f"{len(rest)} segments take the rest of the sequence: at most one can")
-    for place in rest:
-        known = sum(math.prod(segments[i + 1 : i + 4]) for i in firsts if i + 1 != place)
-        segments[place] = tokens - known
-        if known > tokens:
-            raise LayoutError(
-                f"the segments of known size hold {known} tokens but the sequence has {tokens}"
-            )
-        if segments[place] == 0:
-            del segments[place - 1 : place + INTS_PER_SEGMENT - 1]
-    return segments
+    known = sum(math.prod(segments[i + 1 : i + 4]) for i in firsts if i != rest[0])
+    if known > tokens:
+        raise LayoutError(
+            f"the segments of known size hold {known} tokens but the sequence has {tokens}"
+        )
+    left = [kind, tokens - known, 1, 1] if tokens > known else []
+    return segments[: rest[0]] + left + segments[rest[0] + INTS_PER_SEGMENT :]

@@ -48,13 +48,12 @@ class ReferenceExecutor:
 
 
 def _token_mask(call: AttentionCall, selection: Selection, head: int) -> torch.Tensor:
-    """(B, N, N) bool: may query token attend to key token. Extra tokens may, in both directions."""
+    """(B, Nq, Nk) bool: may a query attend to a key. Tokens without a grid may, both ways."""
     table = tile_table(call.layout, call.plan.tile_shapes[head], call.q.device)
     keep = kept_map(selection, [head], table.tiles)[:, 0]
-    tile = table.tile_of_token.long()
-    extra = tile < 0
-    safe = tile.clamp(min=0)
-    mask = keep[:, safe][:, :, safe] | extra[None, :, None] | extra[None, None, :]
+    q_tile, k_tile = table.tile_of_query.long(), table.tile_of_token.long()
+    mask = keep[:, q_tile.clamp(min=0)][:, :, k_tile.clamp(min=0)]
+    mask = mask | (q_tile < 0)[:, None] | (k_tile < 0)
     if call.key_valid is not None:
         mask = mask & call.key_valid[:, None, :]
     return mask

@@ -20,6 +20,7 @@ def select_tiles(call: AttentionCall) -> Selection:
     Within each video segment of the keys the highest scores win, ties going to the lower tile
     number; the query's own tile is always kept and counted; tiles without a valid key never are.
     """
+    call = call.with_flag_read()
     keeps = {shape: _kept(call, shape, heads) for shape, heads in call.plan.groups().items()}
     return lists_of(keeps, call)
 
@@ -73,8 +74,8 @@ def _kept(call: AttentionCall, shape: TileShape, heads: list[int]) -> torch.Tens
 def _scores(call: AttentionCall, table: TileTable, heads: list[int]) -> torch.Tensor:
     extremes = call.plan.score == "projection"
     kv_heads = [head // call.kv_repeat for head in heads]
-    q_stats = tile_statistics(call.q[:, heads], table, None, extremes)
-    k_stats = tile_statistics(call.k[:, kv_heads], table, call.key_valid, extremes)
+    q_stats = tile_statistics(call.q[:, heads], table.query_rows, None, extremes)
+    k_stats = tile_statistics(call.k[:, kv_heads], table.rows, call.key_valid, extremes)
     return tile_scores(
         query_features(q_stats, call.plan, heads, call.scale),
         key_features(k_stats, call.plan, heads),

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .tiles import TileTable
-
 
 @dataclass(frozen=True, eq=False)
 class TileStatistics:
@@ -26,18 +24,19 @@ class TileStatistics:
 
 
 def tile_statistics(
-    x: torch.Tensor, table: TileTable, valid: torch.Tensor | None, extremes: bool
+    x: torch.Tensor, tile_rows: torch.Tensor, valid: torch.Tensor | None, extremes: bool
 ) -> TileStatistics:
-    """Statistics of x (B, h, N, D) over the tiles of `table`, in float32.
+    """Statistics of x (B, h, N, D) over tiles, in float32.
 
-    valid: (B, N) bool, rows to count, or None for all. The variance takes two passes: E[x^2] -
+    tile_rows: (n, S) int32, the rows of x in each tile, -1 for none. valid: (B, N) bool, rows to
+    count, or None for all. The variance takes two passes: E[x^2] -
     E[x]^2 loses up to 31 % on RMS-normed keys (docs/method.md, section 2).
     """
     batch, heads, _, head_dim = x.shape
-    tiles, size = table.rows.shape
-    safe = table.rows.clamp(min=0).long().flatten()
+    tiles, size = tile_rows.shape
+    safe = tile_rows.clamp(min=0).long().flatten()
     rows = x.index_select(2, safe).view(batch, heads, tiles, size, head_dim).float()
-    counted = (table.rows >= 0)[None]
+    counted = (tile_rows >= 0)[None]
     if valid is not None:
         counted = counted & valid.index_select(1, safe).view(batch, tiles, size)
     mask = counted[:, None, :, :, None]

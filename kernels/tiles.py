@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -15,18 +16,26 @@ from .plan import TileShape, count_tiles
 class TileTable:
     """All tiles of one layout under one tile shape. Tiles are numbered over all video segments.
 
-    rows: (n, S) int32, token positions of each tile, ascending; ragged tiles end in -1.
+    Tokens are numbered twice: among the Nk keys and, context tokens left out, among the Nq queries.
+
+    rows: (n, S) int32, keys of each tile, ascending; ragged tiles end in -1.
+    query_rows: (n, S) int32, the same tokens among the queries.
     sizes: (n,) int32, real rows S_j of each tile (at least 1).
-    tile_of_token: (N,) int32, the tile of each token, -1 for extra tokens.
+    tile_of_token: (Nk,) int32, the tile of each key, -1 for extra and context tokens.
+    tile_of_query: (Nq,) int32, the tile of each query, -1 for extra tokens.
     starts: first tile of each video segment, and the tile count at the end.
-    extra: (E,) int32, positions of the extra tokens, ascending.
+    extra: (E,) int32, keys in no tile: extra and context tokens, ascending.
+    extra_queries: (X,) int32, queries in no tile: extra tokens, ascending.
     """
 
     rows: torch.Tensor
+    query_rows: torch.Tensor
     sizes: torch.Tensor
     tile_of_token: torch.Tensor
+    tile_of_query: torch.Tensor
     starts: tuple[int, ...]
     extra: torch.Tensor
+    extra_queries: torch.Tensor
 
     @property
     def tiles(self) -> int:
@@ -35,13 +44,11 @@ class TileTable:
 
     def to(self, device: torch.device) -> TileTable:
         """The same table on another device."""
-        return TileTable(
-            self.rows.to(device),
-            self.sizes.to(device),
-            self.tile_of_token.to(device),
-            self.starts,
-            self.extra.to(device),
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return TileTable(**moved)
 
 
 @lru_cache(maxsize=256)
@@ -70,6 +77,25 @@ def tile_table(layout: Layout, shape: TileShape, device: torch.device) -> TileTa
     slot = torch.arange(len(order) - extras, device=device) - firsts.repeat_interleave(sizes)
     rows = torch.full((tiles, size), -1, dtype=torch.int32, device=device)
     rows[tile_of_token[order[extras:]], slot] = order[extras:].int()
+    tile_of_token = tile_of_token.int()
+    extra = order[:extras].int().contiguous()
+    query = _query_of_key(layout, device)
+    is_query = query >= 0
     return TileTable(
-        rows, sizes.int(), tile_of_token.int(), tuple(starts), order[:extras].int().contiguous()
+        rows,
+        torch.where(rows < 0, -1, query[rows.clamp(min=0)]),
+        sizes.int(),
+        tile_of_token,
+        tile_of_token[is_query],
+        tuple(starts),
+        extra,
+        query[extra[is_query[extra]]],
     )
+
+
+def _query_of_key(layout: Layout, device: torch.device) -> torch.Tensor:
+    """(Nk,) int32, the number among the queries of each key, -1 for context tokens."""
+    is_query = torch.ones(layout.length, dtype=torch.bool, device=device)
+    for first, context in layout.contexts:
+        is_query[first : first + context.length] = False
+    return torch.where(is_query, is_query.cumsum(0) - 1, -1).int()

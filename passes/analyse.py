@@ -6,30 +6,32 @@ Order: sites -> provenance -> token map -> layout -> mask -> sizes -> layer -> v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from .attention_ops import provenance_rules
+from .given import Given
 from .grid_sizes import LayoutSizes, find_sizes
 from .layers import Layer, find_layer, vector_parameters
-from .layout import Grid, SiteLayout, find_layout
+from .layout import SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
-from .positions import Evidence
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
 from .sizes import Size, example_tensor, hint
 from .token_map import TokenMap, token_map
 from .verdict import Dimensions, Policy, judge_call, judge_identity, judge_layer
+from .writes import Writes
 
 
 @dataclass(frozen=True, eq=False)
 class Finding:
     """One attention call and its verdict: `refusal` is None where it is to be rewritten.
 
-    sizes: the layout in the graph's own sizes, None where the grid is told per call.
+    sizes: the layout in the graph's own sizes.
+    unknown: operations of the whole graph that provenance could not follow.
     """
 
     site: Site
@@ -39,6 +41,7 @@ class Finding:
     sizes: LayoutSizes | None
     mask: KeyValidity | None
     refusal: Refusal | None
+    unknown: tuple[str, ...] = ()
 
 
 def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> list[Finding]:
@@ -54,17 +57,18 @@ def _analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> li
     sites = list(find_sites(gm))
     if not sites:
         return []
-    provenance = Provenance(gm, inputs, provenance_rules())
-    scene = _Scene(gm, inputs, provenance, policy.grid)
+    provenance = Provenance(gm, inputs, provenance_rules(site.node for site in sites))
+    scene = _Scene(gm, inputs, provenance, policy.given)
     findings: list[Finding] = []
     videos = 0
     for site in sites:
         finding = _examine(site, scene, policy, videos)
         videos += finding.layout is not None
         findings.append(finding)
-    if any(finding.layout is not None for finding in findings):
+    if any(_shows_frames(finding) for finding in findings):
         findings = [_not_video(finding) for finding in findings]
-    return findings
+    unknown = tuple(sorted(provenance.unknown))
+    return [replace(finding, unknown=unknown) for finding in findings]
 
 
 class _Scene:
@@ -75,14 +79,15 @@ class _Scene:
         gm: fx.GraphModule,
         inputs: Sequence[object],
         provenance: Provenance,
-        grid: Grid | None,
+        given: Given | None,
     ) -> None:
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.provenance = provenance
         self.vectors = vector_parameters(gm)
         self._values = dict(zip(placeholders, inputs, strict=True))
-        self._grid = grid
+        self._given = given
         self._tokens: dict[object, TokenMap] = {}
+        self._writes: dict[fx.Graph, Writes] = {}
         self._layouts: dict[TokenMap, SiteLayout | Refusal] = {}
 
     def tokens(self, site: Site) -> TokenMap | None:
@@ -96,11 +101,17 @@ class _Scene:
             self._tokens[key] = token_map(q, k, v, operands)
         return self._tokens[key]
 
+    def writes(self, graph: fx.Graph) -> Writes:
+        """The in-place writes of one of the graphs."""
+        if graph not in self._writes:
+            self._writes[graph] = Writes(graph)
+        return self._writes[graph]
+
     def layout(self, tokens: TokenMap) -> SiteLayout | Refusal:
         """The layout of a self-attention with this token map."""
         if tokens not in self._layouts:
             self._layouts[tokens] = find_layout(
-                tokens, self.provenance.sources, self._values, self._grid
+                tokens, self.provenance.sources, self._values, self._given
             )
         return self._layouts[tokens]
 
@@ -113,29 +124,27 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
     if refusal is not None or tokens is None or dims is None:
         return Finding(site, layer, dims, None, None, None, refusal)
     layout = scene.layout(tokens)
-    mask = key_validity(site, _token_size(site.k))
+    writes = scene.writes(site.owner.graph)
+    mask = key_validity(site, _token_size(site.q), _token_size(site.k), writes)
     refusal = judge_call(site, layout, mask, dims, policy)
     if isinstance(layout, Refusal):
         return Finding(site, layer, dims, None, None, None, refusal)
     refusal = refusal or judge_layer(layer, index, dims, policy)
-    sizes = _sizes(site, layout, scene.provenance)
-    if refusal is None and sizes is None and not _told_per_call(layout):
+    sizes = find_sizes(layout, _token_size(site.q), scene.provenance, site.owner.graph)
+    if sizes is None and policy.given is not None and layout.grids == policy.given.grids:
+        layout = replace(layout, evidence=policy.given.evidence)
+        sizes = find_sizes(layout, _token_size(site.q), scene.provenance, site.owner.graph)
+    if refusal is None and layout.order is not None and _is_symbolic(site):
+        refusal = Refusal(Reason.TOKEN_ORDER, "and sizes are symbolic: compile with dynamic=False")
+    split = layout.before > 0 and layout.after > 0
+    if refusal is None and (sizes is None or (split and _is_symbolic(site))):
         refusal = Refusal(Reason.UNPROVEN_SIZES)
     validity = mask if isinstance(mask, KeyValidity) else None
     return Finding(site, layer, dims, layout, sizes, validity, refusal)
 
 
-def _sizes(site: Site, layout: SiteLayout, provenance: Provenance) -> LayoutSizes | None:
-    """In-graph sizes, where the grid is a function of the graph's sizes."""
-    if layout.evidence is Evidence.VALUES:
-        return None
-    return find_sizes(layout, _token_size(site.q), provenance, site.owner.graph)
-
-
-def _told_per_call(layout: SiteLayout) -> bool:
-    """Whether the position input can tell the grid anew on every call."""
-    extras = len(layout.runs) - len(layout.videos)
-    return layout.position_input is not None and len(layout.videos) == 1 and extras <= 1
+def _is_symbolic(site: Site) -> bool:
+    return any(isinstance(_token_size(operand), torch.SymInt) for operand in (site.q, site.k))
 
 
 def _token_size(operand: Operand) -> Size:
@@ -163,23 +172,34 @@ def _dimensions(site: Site) -> Dimensions | None:
     for letter, name in (("b", "batch"), ("n", "tokens"), ("d", "head_dim")):
         sides = [side(tensor, operand, letter) for tensor, operand in
                  ((q, site.q), (k, site.k), (v, site.v))]  # fmt: skip
+        if letter == "n":  # the token map tells whether q has a part of the tokens
+            sides = sides[1:]
         if len(set(sides)) > 1:
             mismatch = f"{name} of q, k, v: {sides}"
     heads = [side(t, operand, "h") for t, operand in ((q, site.q), (k, site.k), (v, site.v))]
     if heads[1] != heads[2] or heads[0] % heads[1]:
         mismatch = f"heads of q, k, v: {heads}"
+    head_dim = side(q, site.q, "d")
+    if site.projections is not None:
+        heads, head_dim = [site.projections.heads] * 3, site.projections.head_dim
     return Dimensions(
         side(q, site.q, "b"),
-        side(q, site.q, "h"),
-        side(k, site.k, "h"),
+        heads[0],
+        heads[1],
         side(q, site.q, "n"),
-        side(q, site.q, "d"),
+        head_dim,
         _computing_dtype(site, q, k, v),
         q.device.type,
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None),
-        "h" in site.q.axes and not site.calls,
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in (*tensors, *_weights(site)) if t is not None),
+        ("h" in site.q.axes or site.projections is not None) and not site.calls,
         mismatch,
     )
+
+
+def _weights(site: Site) -> list[torch.Tensor | None]:
+    """The weights of a call that projects its operands itself."""
+    return [] if site.projections is None else [example_tensor(x) for x in site.projections.nodes]
 
 
 def _computing_dtype(site: Site, *operands: torch.Tensor) -> torch.dtype:
@@ -188,7 +208,7 @@ def _computing_dtype(site: Site, *operands: torch.Tensor) -> torch.dtype:
     Fused attention returns what it computes in, and under autocast casts its operands to it.
     Written-out attention computes in the widest of its operands' dtypes.
     """
-    result = example_tensor(site.node)
+    result = site.first_output()
     if site.fused and result is not None:
         return result.dtype
     widest = operands[0].dtype
@@ -197,11 +217,20 @@ def _computing_dtype(site: Site, *operands: torch.Tensor) -> torch.dtype:
     return widest
 
 
+def _shows_frames(finding: Finding) -> bool:
+    """Whether a site's tokens are those of a video or of frames, so that the graph holds them."""
+    refusal = finding.refusal
+    frames = (Reason.ONE_FRAME, Reason.FACTORISED)
+    return finding.layout is not None or (refusal is not None and refusal.reason in frames)
+
+
 def _not_video(finding: Finding) -> Finding:
     """In a graph whose video is known, self-attention without a grid is over something else."""
     if finding.refusal is None or finding.refusal.reason is not Reason.NO_GRID:
         return finding
+    sizes = [hint(_token_size(operand)) for operand in (finding.site.q, finding.site.k)]
+    reason = Reason.TEXT_ONLY if sizes[0] == sizes[1] else Reason.CROSS_ATTENTION
     return Finding(
         finding.site, finding.layer, finding.dims, None, None, None,
-        Refusal(Reason.TEXT_ONLY, finding.refusal.detail),
+        Refusal(reason, finding.refusal.detail),
     )  # fmt: skip

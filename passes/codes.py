@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
+from torch import fx
 
 NONE = -1
 _LARGE = 1 << 24  # elements; beyond it the feature axis of a source is not told apart
@@ -29,11 +30,34 @@ class SourceKind(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A tensor whose elements are told apart. `name` is the graph node that holds it."""
+    """A tensor whose elements are told apart. `name` is the graph node that holds it.
+
+    reads: graph inputs whose *values* decided where the elements stand (index tensors). Nothing
+    guards values, so that who relies on these codes must check them on every call. Codes that went
+    through an index count as another source, with the same `root`.
+    """
 
     name: str
     kind: SourceKind
     shape: tuple[int, ...]
+    reads: frozenset[fx.Node] = frozenset()
+    origin: Source | None = None
+    _indexed: dict[frozenset[fx.Node], Source] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Source:
+        """The source as it entered the graph."""
+        return self.origin or self
+
+    def indexed(self, reads: frozenset[fx.Node]) -> Source:
+        """The source for codes that were moved by the values of some graph inputs."""
+        if reads <= self.reads:
+            return self
+        known = self.root._indexed
+        wanted = self.reads | reads
+        if wanted not in known:
+            known[wanted] = Source(self.name, self.kind, self.shape, wanted, self.root)
+        return known[wanted]
 
     def codes(self) -> torch.Tensor:
         """The source's own codes: every element is itself."""
@@ -51,10 +75,16 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """A tensor of the graph: its shape (hints of symbolic sizes) and its codes per source."""
+    """A tensor of the graph: its shape (hints of symbolic sizes) and its codes per source.
+
+    known: the tensor itself where the graph (or an input, see `reads`) tells its values.
+    reads: graph inputs whose values went into `known`.
+    """
 
     shape: tuple[int, ...]
     codes: Mapping[Source, torch.Tensor] = field(default_factory=dict)
+    known: torch.Tensor | None = None
+    reads: frozenset[fx.Node] = frozenset()
 
     @property
     def rank(self) -> int:
@@ -67,7 +97,8 @@ class Tracked:
 
     def key(self) -> tuple[object, ...]:
         """Equal for tensors with the same shape and the very same code tensors."""
-        return (self.shape, *sorted((id(s), id(c)) for s, c in self.codes.items()))
+        codes = sorted((id(s), id(c)) for s, c in self.codes.items())
+        return (self.shape, id(self.known), self.reads, *codes)
 
 
 def expand_dims(codes: torch.Tensor, shape: Sequence[int], dims: Sequence[int]) -> torch.Tensor:

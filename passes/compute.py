@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import string
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .codes import Source, Tracked, aligned, collapse, reduce_dims, union
+from .codes import Source, Tracked, aligned, reduce_dims, union
 from .indexing import Shape
 from .movement import Rule, Value
+from .windows import convolution, pool
 
 _KEEPS_PLACES = frozenset(
-    """to float half bfloat16 double type type_as contiguous clone detach alias data cpu cuda
-    identity dropout feature_dropout layer_norm rms_norm native_layer_norm group_norm batch_norm
-    instance_norm normalize softmax log_softmax cumsum""".split()
+    """to float half bfloat16 double bool int long short byte char type type_as contiguous
+    clone detach alias data cpu cuda identity dropout feature_dropout layer_norm rms_norm
+    native_layer_norm group_norm batch_norm instance_norm normalize softmax log_softmax
+    cumsum real imag conj conj_physical resolve_conj resolve_neg relu relu6 silu gelu elu
+    hardtanh hardsigmoid hardswish softplus tril triu""".split()
 )
 """Shape-preserving functions that are not elementwise but leave every token in its place."""
 
@@ -36,6 +40,13 @@ def is_elementwise(name: str) -> bool:
         "itruediv": "div",
         "mod": "remainder",
         "negative": "neg",
+        "imod": "remainder",
+        "ipow": "pow",
+        "ifloordiv": "floor_divide",
+        "iand": "bitwise_and",
+        "ior": "bitwise_or",
+        "ixor": "bitwise_xor",
+        "xor": "bitwise_xor",
     }.get(base, base)
     packet = getattr(torch.ops.aten, base, None)
     if packet is None:
@@ -75,6 +86,8 @@ def reduction(out: Shape, x: Tracked, *args: Any, **kwargs: Any) -> Value:
     """mean, sum, amax, ... over named dimensions."""
     dims = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     keep = kwargs.get("keepdim", args[1] if len(args) > 1 and isinstance(args[1], bool) else False)
+    if out and isinstance(out[0], (tuple, list)):
+        raise NotImplementedError("a reduction with several results")
     if dims is None or isinstance(dims, torch.dtype):
         return Tracked(out)
     named = [d % x.rank for d in (dims if isinstance(dims, (tuple, list)) else [dims])]
@@ -88,38 +101,11 @@ def reduction(out: Shape, x: Tracked, *args: Any, **kwargs: Any) -> Value:
     return x.map(out, move)
 
 
-def convolution(
-    out: Shape,
-    x: Tracked,
-    weight: Tracked,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    *_: Any,
-    **__: Any,
-) -> Tracked:
-    """conv1d/2d/3d: the token of an output is the centre of its receptive field."""
-    rank = x.rank - 2
-    if isinstance(padding, str):
-        raise NotImplementedError(f"convolution padding {padding!r}")
-
-    def each(value: Any) -> list[int]:
-        values = list(value) if isinstance(value, (tuple, list)) else [value]
-        return values * rank if len(values) == 1 else values
-
-    steps, pads, dilations = each(stride), each(padding), each(dilation)
-
-    def move(codes: torch.Tensor) -> torch.Tensor:
-        codes = reduce_dims(codes, [1])
-        for i in range(rank):
-            if codes.shape[2 + i] > 1:
-                centre = dilations[i] * (weight.shape[2 + i] - 1) // 2 - pads[i]
-                places = torch.arange(out[2 + i]) * steps[i] + centre
-                codes = codes.index_select(2 + i, places.clamp(0, x.shape[2 + i] - 1))
-        return collapse(codes, [])
-
-    return x.map(out, move)
+def vector_norm(
+    out: Shape, x: Tracked, ord: Any = 2, dim: Any = None, *args: Any, **kw: Any
+) -> Value:
+    """linalg.vector_norm over named dimensions."""
+    return reduction(out, x, dim, *args, **kw)
 
 
 def matmul(out: Shape, a: Tracked, b: Tracked, *_: Any, **__: Any) -> Tracked:
@@ -135,9 +121,7 @@ def baddbmm(out: Shape, base: Tracked, a: Tracked, b: Tracked, **__: Any) -> Tra
 def einsum(out: Shape, equation: str, *operands: Any) -> Tracked:
     """einsum: each source from the first operand that holds it, contracted letters reduced."""
     tensors = list(operands[0]) if isinstance(operands[0], (tuple, list)) else list(operands)
-    if "." in equation or "->" not in equation:
-        raise NotImplementedError(f"einsum {equation!r}")
-    left, right = equation.replace(" ", "").split("->")
+    left, right = _lettered(equation.replace(" ", ""), tensors)
     codes: dict[Source, torch.Tensor] = {}
     for letters, x in zip(left.split(","), tensors, strict=True):
         gone = [d for d, letter in enumerate(letters) if letter not in right]
@@ -151,6 +135,53 @@ def einsum(out: Shape, equation: str, *operands: Any) -> Tracked:
             sides = iter(c.shape)
             codes[source] = c.reshape([next(sides) if letter in kept else 1 for letter in right])
     return Tracked(out, codes)
+
+
+def _lettered(equation: str, tensors: list[Tracked]) -> tuple[str, str]:
+    """Both sides of an einsum equation, with letters in place of `...`."""
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        raise NotImplementedError(f"einsum {equation!r} without ->")
+    spare = [letter for letter in string.ascii_letters if letter not in equation]
+    counts = [
+        x.rank - len(part.replace("...", ""))
+        for part, x in zip(left.split(","), tensors, strict=True)
+        if "..." in part
+    ]
+    most = max(counts, default=0)
+    names = "".join(spare[:most])
+    parts = []
+    for part, x in zip(left.split(","), tensors, strict=True):
+        own = x.rank - len(part.replace("...", ""))
+        parts.append(part.replace("...", names[most - own :] if own else ""))
+    return ",".join(parts), right.replace("...", names)
+
+
+def first_of_several(out: Any, x: Tracked, *_: Any, **__: Any) -> Value:
+    """Normalisations that return statistics too: the first output has the tokens."""
+    if not isinstance(out[0], (tuple, list)):
+        return x
+    return [x, *(Tracked(tuple(shape)) for shape in out[1:])]
+
+
+def checked(out: Any, result: Value) -> Value:
+    """A rule's result, if it is of the recorded shapes. Raises NotImplementedError if not."""
+    if isinstance(result, list):
+        if not out or not isinstance(out[0], (tuple, list)) or len(out) != len(result):
+            raise NotImplementedError("another number of results")
+        return [x for shape, part in zip(out, result, strict=True) if (x := _fit(shape, part))]
+    return _fit(out, result)
+
+
+def _fit(shape: Shape, result: Tracked) -> Tracked:
+    if tuple(result.shape) != tuple(shape):
+        raise NotImplementedError(f"a result of shape {tuple(shape)}")
+    for codes in result.codes.values():
+        if codes.dim() != len(shape) or any(
+            side not in (1, full) for side, full in zip(codes.shape, shape, strict=True)
+        ):
+            raise NotImplementedError(f"a result of shape {tuple(shape)}")
+    return result
 
 
 def attention(out: Any, *args: Any, **kwargs: Any) -> Value:
@@ -171,6 +202,12 @@ def attention(out: Any, *args: Any, **kwargs: Any) -> Value:
         if s in v.codes or s not in k.codes
     }
     return Tracked(out, codes)
+
+
+def embedding(out: Shape, a: Tracked, b: Tracked, *_: Any, **__: Any) -> Tracked:
+    """embedding: every index becomes a row of features. aten names the table first, torch last."""
+    indices = a if a.shape == out[:-1] else b
+    return indices.map(out, lambda codes: codes.unsqueeze(-1))
 
 
 def view_as_complex(out: Shape, x: Tracked) -> Tracked:
@@ -200,14 +237,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["matmul", "bmm", "mm", "__matmul__"], matmul),
     **dict.fromkeys(["baddbmm", "addmm", "addbmm"], baddbmm),
     "einsum": einsum,
+    "embedding": embedding,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
-    **dict.fromkeys(["polar", "complex"], elementwise),
+    **dict.fromkeys(["polar", "complex", "cross", "linalg_cross"], elementwise),
+    **dict.fromkeys(["vector_norm", "linalg_vector_norm"], vector_norm),
+    **dict.fromkeys(
+        ["native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm"],
+        first_of_several,
+    ),
+    **dict.fromkeys([f"{kind}_pool{d}d" for kind in ("avg", "max") for d in (1, 2, 3)], pool),
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(
         """zeros ones full empty zeros_like ones_like empty_like full_like rand randn rand_like
-        randn_like new_zeros new_ones new_empty new_full scalar_tensor tensor eye tril triu
-        embedding""".split(),
+        randn_like new_zeros new_ones new_empty new_full scalar_tensor tensor eye zero
+        fill normal uniform random bernoulli exponential nonzero argmax argmin bincount
+        one_hot""".split(),
         nothing,
     ),
 }

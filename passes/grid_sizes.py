@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from .codes import NONE, Source
-from .layout import Run, SiteLayout
+from .layout import SiteLayout
 from .positions import Evidence
 from .provenance import Provenance
+from .runs import Run
 from .sizes import Size, equal, example_tensor, expression, hint
 from .token_map import coordinates
 
@@ -26,6 +27,9 @@ class SizeOf:
     size: Size
 
 
+_PER_CALL = (Evidence.VALUES, Evidence.OPTION, Evidence.ATTACHED)
+"""Evidence that is not a function of the graph's sizes: equally long calls may differ in it."""
+
 Length = SizeOf | int
 """A size to be put into the graph: a side of a tensor, or a constant."""
 
@@ -34,11 +38,12 @@ Length = SizeOf | int
 class LayoutSizes:
     """The sizes of a layout in the graph's own terms.
 
-    grids: (T, H, W) per video run. extras: length per extra run, None for "the rest".
+    grids: (T, H, W) per video run; None where they are told per call.
+    extras: length per extra run, None for "the rest".
     expressions: the grids as sympy expressions of the graph's size symbols.
     """
 
-    grids: tuple[tuple[Length, Length, Length], ...]
+    grids: tuple[tuple[Length, Length, Length], ...] | None
     extras: tuple[Length | None, ...]
     expressions: tuple[tuple[sympy.Expr, sympy.Expr, sympy.Expr], ...]
 
@@ -52,13 +57,13 @@ def find_sizes(
     Sizes that tracing fixed are constants: a guard protects them.
     """
     extra_runs = [run for run in layout.runs if run.grid is None]
-    if not isinstance(tokens, torch.SymInt) or layout.evidence is Evidence.OPTION:
+    if layout.evidence in _PER_CALL:
+        return _per_call_sizes(layout, tokens, provenance, graph)
+    if not isinstance(tokens, torch.SymInt):
         grids = tuple(_fixed(run) for run in layout.videos)
-        extras: list[Length | None] = [run.length for run in extra_runs]
-        if isinstance(tokens, torch.SymInt) and len(extras) == 1:
-            extras = [None]
+        extras = tuple(run.length for run in extra_runs)
         exprs = tuple(tuple(sympy.Integer(side) for side in grid) for grid in grids)
-        return LayoutSizes(grids, tuple(extras), exprs)  # type: ignore[arg-type]
+        return LayoutSizes(grids, extras, exprs)  # type: ignore[arg-type]
     located = [_locate_grid(run, provenance, graph) for run in layout.videos]
     if any(grid is None for grid in located):
         return None
@@ -78,6 +83,27 @@ def find_sizes(
     if not proven:
         return None
     return LayoutSizes(tuple(grids_found), tuple(lengths), tuple(exprs_found))  # type: ignore[arg-type]
+
+
+def _per_call_sizes(
+    layout: SiteLayout, tokens: Size, provenance: Provenance, graph: fx.Graph
+) -> LayoutSizes | None:
+    """The lengths of the extra runs, where every call tells the grids of the video runs.
+
+    An input that proves the video's part of a call lets one run take the rest. Without one the
+    lengths must leave exactly the grids' tokens, and the op checks that they do.
+    """
+    runs = [run for run in layout.runs if run.grid is None]
+    position = layout.position_input
+    if position is not None and position.rows is not None and isinstance(tokens, torch.SymInt):
+        return None
+    proven = position is not None
+    lengths: tuple[Length | None, ...] = (None,)
+    if len(runs) != 1 or not proven:
+        lengths = tuple(_locate_extra(run, provenance, graph) for run in runs)
+    if not isinstance(tokens, torch.SymInt) and lengths.count(None) > proven:
+        lengths = tuple(run.length for run in runs)
+    return None if lengths.count(None) > proven else LayoutSizes(None, lengths, ())
 
 
 def _has_product(rest: sympy.Expr, grids: list[tuple[sympy.Expr, ...]]) -> bool:
@@ -130,7 +156,8 @@ def _locate(
     if count == 1:
         return 1
     for node, tracked in provenance.values.items():
-        codes = getattr(tracked, "codes", {}).get(source)
+        held = getattr(tracked, "codes", {})
+        codes = held.get(source, held.get(source.root))
         tensor = example_tensor(node)
         if codes is None or tensor is None or node.graph is not graph:
             continue

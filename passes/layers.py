@@ -67,13 +67,13 @@ def vector_parameters(gm: fx.GraphModule) -> list[tuple[str, int]]:
         value = node.meta.get("example_value")
         if source is None or not isinstance(value, torch.Tensor) or value.dim() != 1:
             continue
-        if not value.is_floating_point() or "_parameters" not in _source_name(source):
+        if not value.is_floating_point() or "_parameters" not in source_name(source):
             continue
-        found.append((module_path(_source_name(source)), place))
+        found.append((module_path(source_name(source)), place))
     return found
 
 
-def _source_name(source: object) -> str:
+def source_name(source: object) -> str:
     """Dynamo's name of an input; a method in some releases of torch, a property in others."""
     name = source.name  # type: ignore[attr-defined]
     return str(name() if callable(name) else name)

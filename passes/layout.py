@@ -6,42 +6,55 @@ positions computed in the graph (or held in buffers), and the values of position
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import fx
 
-from .codes import NONE, Source
-from .positions import Evidence, PositionInput, Told, position_grids
+from .codes import NONE, Source, SourceKind
+from .given import Given, Grid, Span, find_place, position_values
+from .positions import Evidence, Part, PositionInput, Told, position_grids
 from .reasons import Reason, Refusal
+from .runs import Run, filled_runs, split_at, with_grids
 from .token_map import TokenMap, coordinates, varying_axes
-
-Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """Consecutive tokens of one kind. Numbers are hints.
-
-    sides: (source, axis) whose indices number the tokens: three for video, for T, H and W; one
-        for extra tokens that run along one axis; () where not known. grid: None for extra tokens.
-    """
-
-    start: int
-    length: int
-    sides: tuple[tuple[Source, int], ...] = ()
-    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SiteLayout:
-    """The runs that make up the sequence, video and extra, in order, and the evidence for them."""
+    """The runs that make up the queries, video and extra, in order, and the evidence for them.
+
+    before, after: keys without queries on either side of them.
+    """
 
     runs: tuple[Run, ...]
     evidence: Evidence
     position_input: PositionInput | None = None
+    before: int = 0
+    after: int = 0
+
+    @cached_property
+    def order(self) -> torch.Tensor | None:
+        """(N,) the tokens with every video in raster order; None where they stand so."""
+        if all(run.order is None for run in self.runs):
+            return None
+        return torch.cat(
+            [
+                torch.arange(run.start, run.stop) if run.order is None else run.start + run.order
+                for run in self.runs
+            ]
+        )
+
+    @property
+    def reads(self) -> frozenset[fx.Node]:
+        """Graph inputs on whose values the video runs rest; they must be checked on every call."""
+        return frozenset(node for run in self.videos for node in run.reads)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids of the video runs."""
+        return tuple(run.grid for run in self.videos if run.grid is not None)
 
     @property
     def videos(self) -> tuple[Run, ...]:
@@ -53,25 +66,46 @@ def find_layout(
     tokens: TokenMap,
     holders: Mapping[Source, fx.Node],
     values: Mapping[fx.Node, object],
-    option: Grid | None,
+    given: Given | None,
 ) -> SiteLayout | Refusal:
     """The layout of one self-attention, or why there is none.
 
     holders: the node of every source. values: example inputs by placeholder, real tensors where
-    they can be read. option: the user's `grid`.
+    they can be read. given: grids the user names.
     """
-    latent = _latent_runs(tokens)
-    if isinstance(latent, Refusal):
-        return latent
-    if latent:
-        videos = [run for run in latent if run.grid is not None]
-        if len(videos) == 1:
-            told = position_grids(tokens, _rows(videos[0]), holders, values)
-            conflict = _conflict(videos[0].grid, told, option)
-            if conflict is not None:
-                return conflict
-        return SiteLayout(_filled(latent, tokens.tokens), Evidence.LATENT)
-    return _packed_layout(tokens, holders, values, option)
+    found = _latent_layout(tokens, holders, values, given)
+    if found is None:
+        found = _packed_layout(tokens, holders, values, given)
+    if isinstance(found, Refusal):
+        return found
+    if found.order is not None and (tokens.before or tokens.after):
+        return Refusal(Reason.TOKEN_ORDER, "and some keys have no queries")
+    return replace(found, before=tokens.before, after=tokens.after)
+
+
+def _latent_layout(
+    tokens: TokenMap,
+    holders: Mapping[Source, fx.Node],
+    values: Mapping[fx.Node, object],
+    given: Given | None,
+) -> SiteLayout | Refusal | None:
+    """The layout by the axes of latents; None if no source shows three."""
+    runs = _latent_runs(tokens)
+    if isinstance(runs, Refusal):
+        return runs
+    if not runs:
+        return None
+    layout = filled_runs(runs, tokens.tokens)
+    if isinstance(layout, Refusal):
+        return layout
+    found = SiteLayout(layout, Evidence.LATENT)
+    grids = [run.grid for run in found.videos if run.grid is not None]
+    for run, grid in zip(found.videos, grids, strict=True):
+        told = position_grids(tokens, _rows(run), holders, values)
+        conflict = _conflict(grid, told, run.order is None) or _unnamed(grids, given)
+        if conflict is not None:
+            return conflict
+    return found
 
 
 def _latent_runs(tokens: TokenMap) -> list[Run] | Refusal:
@@ -82,18 +116,19 @@ def _latent_runs(tokens: TokenMap) -> list[Run] | Refusal:
         for start, stop in _spans(codes != NONE):
             part = codes[start:stop]
             axes = varying_axes(source, part)
-            batch_axes = tokens.batch_axes[source] - {0}
-            if batch_axes and len(source.shape) > 3 and len(axes) < 3:
+            batch_axes = tokens.batch_axes[source]
+            shared = batch_axes & set(axes)  # windows: parts of the same axes in the batch
+            if len(source.shape) > 3 and (shared or (batch_axes - {0} and len(axes) < 3)):
                 return Refusal(
                     Reason.FACTORISED,
                     f"{source.name}: axes {axes} along the sequence, "
-                    f"{sorted(batch_axes)} in the batch",
+                    f"{sorted(batch_axes - {0} | shared)} in the batch",
                 )
             flat = flat or (len(axes) == 2 and len(source.shape) > 3)
             video = _video_runs(source, axes, part, start)
             if isinstance(video, Refusal):
                 return video
-            runs += video or [Run(start, stop - start, _sides(source, axes))]
+            runs += video or [_extra_run(source, codes, start, stop)]
     if any(run.grid for run in runs):
         return runs
     return Refusal(Reason.ONE_FRAME) if flat else []
@@ -112,29 +147,38 @@ def _video_runs(
     joint = (ranks[0][1] * h + ranks[1][1]) * w + ranks[2][1]
     if codes.numel() % length or torch.unique(joint).numel() != length:
         return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
-    copies = codes.numel() // length
-    if not torch.equal(joint, torch.arange(length).repeat(copies)):
-        return Refusal(Reason.TOKEN_ORDER, f"{t}x{h}x{w} grid")
-    sides = _sides(source, axes)
-    return [Run(start + i * length, length, sides, (t, h, w)) for i in range(copies)]
+    sides = tuple((source, axis) for axis in axes)
+    runs = []
+    for copy in joint.split(length):
+        order = None if torch.equal(copy, torch.arange(length)) else copy.argsort()
+        if order is not None and not torch.equal(copy[order], torch.arange(length)):
+            return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
+        runs.append(Run(start, length, sides, (t, h, w), order, source.reads))
+        start += length
+    return runs
 
 
-def _sides(source: Source, axes: list[int]) -> tuple[tuple[Source, int], ...]:
-    return tuple((source, axis) for axis in axes)
+def _extra_run(source: Source, codes: torch.Tensor, start: int, stop: int) -> Run:
+    axes = varying_axes(source, codes[start:stop])
+    sides = tuple((source, axis) for axis in axes)
+    return Run(start, stop - start, sides, reads=source.reads)
 
 
 def _packed_layout(
     tokens: TokenMap,
     holders: Mapping[Source, fx.Node],
     values: Mapping[fx.Node, object],
-    option: Grid | None,
+    given: Given | None,
 ) -> SiteLayout | Refusal:
     """The layout of tokens that enter the graph as one sequence, by their positions."""
     runs = [
-        Run(start, stop - start, _sides(source, varying_axes(source, codes[start:stop])))
+        _extra_run(source, codes, start, stop)
         for source, codes in tokens.content.items()
         for start, stop in _spans(codes != NONE)
     ]
+    spans = [Span(run.start, run.length, _counter(run, holders)) for run in runs]
+    positions = position_values(tokens, holders, values)
+    runs = split_at(runs, positions)
     one_axis_positions = False
     for place, run in enumerate(runs):
         told = position_grids(tokens, _rows(run), holders, values)
@@ -143,61 +187,63 @@ def _packed_layout(
             evidence, say = known[0]
             found = say.found
             assert found is not None
-            conflict = _conflict(found.grid, told, option)
+            conflict = _conflict(found.grid, told) or _unnamed([found.grid], given)
             if conflict is not None:
                 return conflict
-            if not found.raster:
+            if not found.raster and say.order is None:
                 return Refusal(Reason.TOKEN_ORDER, f"{found.grid} grid")
-            runs[place] = Run(run.start, run.length, say.sides, found.grid)
+            reads = run.reads | say.reads
+            runs[place] = Run(run.start, run.length, say.sides, found.grid, say.order, reads)
             values_say = told.get(Evidence.VALUES)
             position = values_say.position_input if values_say is not None else None
-            return SiteLayout(_filled(runs, tokens.tokens), evidence, position)
+            return _with_evidence(runs, tokens, evidence, position)
         one_axis_positions = one_axis_positions or bool(told)
-    if option is not None:
-        fits = [i for i, run in enumerate(runs) if run.length == math.prod(option)]
-        if len(fits) == 1:
-            run = runs[fits[0]]
-            runs[fits[0]] = Run(run.start, run.length, run.sides, option)
-            return SiteLayout(_filled(runs, tokens.tokens), Evidence.OPTION)
     detail = f"{tokens.tokens} tokens"
-    if option is not None:
-        detail += f"; option grid {option} has {math.prod(option)}"
-    return Refusal(Reason.TEXT_ONLY if one_axis_positions else Reason.NO_GRID, detail)
+    if given is not None:
+        where = find_place(given, spans, positions)
+        if where is not None:
+            runs = with_grids(runs, where.start, given.grids)
+            return _with_evidence(runs, tokens, given.evidence, where.position)
+        detail += f"; {given} fits none of the runs of {[s.length for s in spans]} tokens"
+    if any(known.of_one_frame for known in positions):
+        return Refusal(Reason.ONE_FRAME, detail)
+    of_text = one_axis_positions and all(known.of_text for known in positions)
+    return Refusal(Reason.TEXT_ONLY if of_text else Reason.NO_GRID, detail)
 
 
-def _conflict(grid: Grid | None, told: Told, option: Grid | None) -> Refusal | None:
-    """A refusal if other evidence, or the user, names another grid."""
+def _with_evidence(
+    runs: list[Run], tokens: TokenMap, evidence: Evidence, position: PositionInput | None
+) -> SiteLayout | Refusal:
+    filled = filled_runs(runs, tokens.tokens)
+    return filled if isinstance(filled, Refusal) else SiteLayout(filled, evidence, position)
+
+
+def _counter(run: Run, holders: Mapping[Source, fx.Node]) -> PositionInput | None:
+    """The input one of whose sides the run is."""
+    if len(run.sides) != 1 or run.reads:
+        return None
+    source, axis = run.sides[0]
+    whole = source.kind is SourceKind.INPUT and source.shape[axis] == run.length
+    return PositionInput(holders[source], axis, Part.COUNT) if whole else None
+
+
+def _conflict(grid: Grid, told: Told, raster: bool = True) -> Refusal | None:
+    """A refusal if positions name another grid. Off raster order they cannot tell T from W."""
     for evidence, say in told.items():
-        if say.found is not None and say.found.grid != grid:
-            return Refusal(
-                Reason.GRID_CONTRADICTED, f"{grid}, but {evidence.value}: {say.found.grid}"
-            )
-    if option is not None and option != grid:
-        return Refusal(Reason.GRID_CONTRADICTED, f"{grid}, but {Evidence.OPTION.value}: {option}")
+        if say.found is None:
+            continue
+        other = say.found.grid
+        if other != grid and (raster or sorted(other) != sorted(grid)):
+            return Refusal(Reason.GRID_CONTRADICTED, f"{grid}, but {evidence.value}: {other}")
     return None
 
 
-def _filled(runs: list[Run], tokens: int) -> tuple[Run, ...]:
-    """Runs in order with gaps filled and neighbouring extra runs merged."""
-    ordered: list[Run] = []
-    end = 0
-    for run in sorted(runs, key=lambda r: r.start):
-        if run.start > end:
-            _append(ordered, Run(end, run.start - end))
-        if run.start >= end:
-            _append(ordered, run)
-            end = run.start + run.length
-    if end < tokens:
-        _append(ordered, Run(end, tokens - end))
-    return tuple(ordered)
-
-
-def _append(ordered: list[Run], run: Run) -> None:
-    last = ordered[-1] if ordered else None
-    if last is not None and last.grid is None and run.grid is None:
-        ordered[-1] = Run(last.start, last.length + run.length)
-    else:
-        ordered.append(run)
+def _unnamed(grids: list[Grid], given: Given | None) -> Refusal | None:
+    """A refusal if the option names a grid that is not one of those found."""
+    if given is None or given.evidence is not Evidence.OPTION or set(given.grids) <= set(grids):
+        return None
+    found = ", ".join(str(grid) for grid in grids)
+    return Refusal(Reason.GRID_CONTRADICTED, f"{found}, but {given}")
 
 
 def _rows(run: Run) -> slice:

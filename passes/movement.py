@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from .codes import NONE, Source, Tracked, aligned, collapse, expand_dims, reshape_codes
-from .indexing import Shape, getitem
+from .codes import NONE, Source, SourceKind, Tracked, aligned, collapse, expand_dims, reshape_codes
+from .indexing import Shape, getitem, known_values
 
 Value: TypeAlias = Tracked | list[Tracked]
 Rule: TypeAlias = Callable[..., Value]
@@ -63,8 +63,9 @@ def expand(out: Shape, x: Tracked, *_: Any, **__: Any) -> Tracked:
 def cat(out: Shape, tensors: Sequence[Tracked], dim: int = 0, **kw: Any) -> Tracked:
     """cat: every source of any part, -1 where a part does not have it."""
     dim = kw.get("axis", dim)
-    parts = [x for x in tensors if x.rank == len(out)]  # cat drops legacy empty 1-D tensors
     dim %= len(out)
+    # empty parts add nothing, and cat takes empty 1-D tensors among others of any rank
+    parts = [x for x in tensors if x.rank == len(out) and x.shape[dim]]
     sources: dict[Source, None] = {}
     for part in parts:
         sources.update(dict.fromkeys(part.codes))
@@ -75,6 +76,9 @@ def cat(out: Shape, tensors: Sequence[Tracked], dim: int = 0, **kw: Any) -> Trac
 def _cat_one(source: Source, parts: Sequence[Tracked], dim: int) -> torch.Tensor:
     held = [part.codes.get(source) for part in parts]
     some = next(c for c in held if c is not None)
+    alike = _alike(source, held, dim)
+    if alike is not None:
+        return alike
     pieces = [
         expand_dims(some.new_full((1,) * some.dim(), NONE) if c is None else c, part.shape, [dim])
         for c, part in zip(held, parts, strict=True)
@@ -85,6 +89,23 @@ def _cat_one(source: Source, parts: Sequence[Tracked], dim: int) -> torch.Tensor
         [p.expand([p.shape[d] if d == dim else sizes[d] for d in range(p.dim())]) for p in pieces],
         dim,
     )
+
+
+def _alike(source: Source, held: Sequence[torch.Tensor | None], dim: int) -> torch.Tensor | None:
+    """The codes of parts that all hold the same and do not depend on `dim`, else None.
+
+    Along features, a position counts as alike where some parts lack it: a rotary table joins the
+    features of several axes, and telling these apart would cost tokens times features.
+    """
+    codes = [c for c in held if c is not None and not (c.numel() == 1 and c.item() == NONE)]
+    if not codes or any(c.shape[dim] != 1 for c in codes):
+        return None
+    if len(codes) < len(held):
+        features = 0 < dim == codes[0].dim() - 1
+        if not features or source.kind is SourceKind.INPUT:
+            return None
+    same = all(c is codes[0] or torch.equal(c, codes[0]) for c in codes[1:])
+    return codes[0] if same else None
 
 
 def stack(out: Shape, tensors: Sequence[Tracked], dim: int = 0) -> Tracked:
@@ -145,31 +166,54 @@ def repeat(out: Shape, x: Tracked, *sizes: Any) -> Tracked:
 
 
 def repeat_interleave(out: Shape, x: Tracked, repeats: Any, dim: Any = None, **_: Any) -> Tracked:
-    """repeat_interleave by one count along one side."""
-    if dim is None or not isinstance(repeats, int):
-        raise NotImplementedError("repeat_interleave without a side or with a tensor of counts")
+    """repeat_interleave along one side, by one count or one for each."""
+    if dim is None:
+        raise NotImplementedError("repeat_interleave without a side")
     side = _dim(x, dim)
+    if isinstance(repeats, Tracked):
+        places = torch.arange(x.shape[side]).repeat_interleave(known_values(repeats))
+        index = Tracked(tuple(places.shape), {}, places, repeats.reads)
+        return getitem(out, x, (*[slice(None)] * side, index))
     return x.map(out, lambda c: c if c.shape[side] == 1 else c.repeat_interleave(repeats, dim=side))
 
 
 def pad(
-    out: Shape, x: Tracked, widths: Sequence[int], mode: str = "constant", *_: Any, **__: Any
+    out: Shape, x: Tracked, pad: Sequence[int], mode: str = "constant", *_: Any, **__: Any
 ) -> Tracked:
-    """F.pad with a constant: the padding has no code."""
-    if mode != "constant":
-        raise NotImplementedError(f"padding mode {mode}")
-    dims = [x.rank - 1 - i // 2 for i in range(0, len(widths), 2) if any(widths[i : i + 2])]
-    return x.map(out, lambda c: F.pad(expand_dims(c, x.shape, dims), _pads(x, widths), value=NONE))
+    """F.pad: constant padding has no code, other modes repeat tokens."""
+    widths = [(int(pad[i]), int(pad[i + 1])) for i in range(0, len(pad), 2)]
+
+    def move(codes: torch.Tensor) -> torch.Tensor:
+        for i, (before, after) in enumerate(widths):
+            dim = x.rank - 1 - i
+            if mode == "constant" and (before or after):
+                codes = expand_dims(codes, x.shape, [dim])
+                line = [0, 0] * i + [before, after]
+                codes = F.pad(codes, line, value=NONE)
+            elif codes.shape[dim] > 1:
+                codes = codes.index_select(dim, _padded(x.shape[dim], before, after, mode))
+        return codes
+
+    return x.map(out, move)
 
 
-def _pads(x: Tracked, widths: Sequence[int]) -> list[int]:
-    return [int(w) for w in widths]
+def _padded(length: int, before: int, after: int, mode: str) -> torch.Tensor:
+    """The places along a side that a padded side repeats."""
+    places = torch.arange(-before, length + after)
+    if mode == "replicate":
+        return places.clamp(0, length - 1)
+    if mode == "circular":
+        return places.remainder(length)
+    if mode == "reflect":
+        places = places.abs()
+        return torch.where(places >= length, 2 * (length - 1) - places, places)
+    raise NotImplementedError(f"padding mode {mode}")
 
 
-def flip(out: Shape, x: Tracked, *dims: Any) -> Tracked:
-    """flip."""
-    sides = list(dims[0]) if isinstance(dims[0], (tuple, list)) else list(dims)
-    return x.map(out, lambda c: c.flip(sides))
+def flip(out: Shape, x: Tracked, *dims: Any, **kw: Any) -> Tracked:
+    """flip(dims) in both call forms."""
+    sides = kw.get("dims", dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims)
+    return x.map(out, lambda c: c.flip(tuple(sides) if isinstance(sides, (tuple, list)) else sides))
 
 
 def roll(out: Shape, x: Tracked, shifts: Any, dims: Any) -> Tracked:
@@ -196,6 +240,37 @@ def outer(out: Shape, a: Tracked, b: Tracked) -> Tracked:
     return a.map(out, lambda c: c.reshape(-1, 1))
 
 
+def copy(out: Shape, x: Tracked, value: Any, *_: Any, **__: Any) -> Tracked:
+    """x.copy_(value): all of x is written."""
+    if not isinstance(value, Tracked):
+        return Tracked(out)
+    return Tracked(out, {s: aligned(c, len(out)) for s, c in value.codes.items()})
+
+
+def diag_embed(out: Shape, x: Tracked, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tracked:
+    """diag_embed: tokens on a diagonal."""
+    return x.map(
+        out,
+        lambda c: (expand_dims(c, x.shape, [x.rank - 1]) + 1).diag_embed(offset, dim1, dim2) - 1,
+    )
+
+
+def unfold(out: Shape, x: Tracked, dimension: int, size: int, step: int) -> Tracked:
+    """Tensor.unfold: windows along one side."""
+    side = _dim(x, dimension)
+    return x.map(out, lambda c: expand_dims(c, x.shape, [side]).unfold(side, size, step))
+
+
+def pixel_shuffle(out: Shape, x: Tracked, factor: int) -> Tracked:
+    """pixel_shuffle: channels become blocks of pixels."""
+    return x.map(out, lambda c: F.pixel_shuffle(c.expand(x.shape), factor))
+
+
+def pixel_unshuffle(out: Shape, x: Tracked, factor: int) -> Tracked:
+    """pixel_unshuffle: blocks of pixels become channels."""
+    return x.map(out, lambda c: F.pixel_unshuffle(c.expand(x.shape), factor))
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
@@ -208,6 +283,7 @@ RULES: dict[str, Rule] = {
             "view_as",
             "reshape_as",
             "ravel",
+            "_unsafe_view",
         ],
         reshape,
     ),
@@ -230,5 +306,10 @@ RULES: dict[str, Rule] = {
     "roll": roll,
     "meshgrid": meshgrid,
     "outer": outer,
+    "copy": copy,
+    "diag_embed": diag_embed,
+    "unfold": unfold,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
 }
 """Movement by the name of the function or method."""

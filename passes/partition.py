@@ -25,11 +25,13 @@ class PositionGrid:
     """A grid read from positions.
 
     raster: the tokens stand in raster order. members: which groupings are its T, H and W.
+    joint: (N,) the place of every token in raster order, as the groupings number it.
     """
 
     grid: tuple[int, int, int]
     raster: bool
     members: tuple[int, int, int]
+    joint: torch.Tensor
 
 
 def groupings(columns: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
@@ -75,7 +77,7 @@ def grid_from_groupings(found: list[torch.Tensor]) -> PositionGrid | None:
             continue
         raster = torch.equal(joint, torch.arange(tokens, device=joint.device))
         members = (slow_first[0], slow_first[1], slow_first[2])
-        grids.setdefault(grid, PositionGrid(grid, raster, members))
+        grids.setdefault(grid, PositionGrid(grid, raster, members, joint))
     return next(iter(grids.values())) if len(grids) == 1 else None
 
 

@@ -25,23 +25,50 @@ class Evidence(Enum):
     POSITIONS = "positions computed in the graph"
     VALUES = "values of a position input"
     OPTION = "option grid"
+    ATTACHED = "veda_compile.attach"
+
+
+class Part(Enum):
+    """Which rows of a position input are the video tokens.
+
+    COUNT: all of an input whose rows are as many as the tokens, but say nothing of their places.
+    """
+
+    ALL = "all"
+    FIRST = "first"
+    LAST = "last"
+    COUNT = "count"
 
 
 @dataclass(frozen=True, eq=False)
 class PositionInput:
-    """A graph input whose rows along `axis` are the video tokens, in order."""
+    """A graph input whose rows along `axis`, or the first or last of them, are the video tokens.
+
+    rows: (first, last + 1) of the video's rows where they are told by number; sizes are then fixed.
+    others: further inputs, with their axes, whose rows belong to the same tokens: together they
+        tell the grid where none does alone.
+    """
 
     node: fx.Node
     axis: int
+    part: Part = Part.ALL
+    rows: tuple[int, int] | None = None
+    others: tuple[tuple[fx.Node, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Say:
-    """What one kind of positional evidence says about a run."""
+    """What one kind of positional evidence says about a run.
+
+    order: the run's tokens in raster order where they stand otherwise and their places are known.
+    reads: graph inputs whose values moved the positions to where they stand.
+    """
 
     found: PositionGrid | None
     sides: tuple[tuple[Source, int], ...] = ()
     position_input: PositionInput | None = None
+    order: torch.Tensor | None = None
+    reads: frozenset[fx.Node] = frozenset()
 
 
 Told = dict[Evidence, Say]
@@ -59,22 +86,40 @@ def position_grids(
     placeholder, real tensors where they can be read.
     """
     told: Told = {}
+    whole: list[tuple[list[torch.Tensor], fx.Node, int]] = []
     made: list[tuple[torch.Tensor, tuple[Source, int]]] = []
     for source, columns in tokens.positional.items():
         if source.kind is not SourceKind.INPUT:
             made += _axis_groupings(source, columns[rows])
             continue
-        read = _value_groupings(source, columns[rows], values.get(holders[source]))
+        holder = holders[source.root]
+        read = _value_groupings(source, columns[rows], values.get(holder))
         held = told.get(Evidence.VALUES)
         if read is not None and (held is None or held.found is None):
-            position = PositionInput(holders[source], read[1])
-            told[Evidence.VALUES] = Say(grid_from_groupings(read[0]), (), position)
+            labels, axis, part = read
+            position = PositionInput(holder, axis, rows=part)
+            grid = grid_from_groupings(labels)
+            told[Evidence.VALUES] = Say(grid, (), position, reads=source.reads)
+            if part is None and not source.reads:
+                whole.append((labels, holder, axis))
+    if len(whole) > 1 and told[Evidence.VALUES].found is None:
+        told[Evidence.VALUES] = _together(whole)
     if made:
         distinct = _distinct(made)
         found = grid_from_groupings([labels for labels, _ in distinct])
         sides = () if found is None else tuple(distinct[i][1] for i in found.members)
-        told = {Evidence.POSITIONS: Say(found, sides), **told}
+        order = None if found is None or found.raster else found.joint.argsort()
+        reads = frozenset(node for source, _ in sides for node in source.reads)
+        told = {Evidence.POSITIONS: Say(found, sides, order=order, reads=reads), **told}
     return told
+
+
+def _together(whole: list[tuple[list[torch.Tensor], fx.Node, int]]) -> Say:
+    """What several position inputs say about the same tokens, such as one input per axis."""
+    grid = grid_from_groupings([labels for found, _, _ in whole for labels in found])
+    (_, node, axis), *others = whole
+    position = PositionInput(node, axis, others=tuple((n, a) for _, n, a in others))
+    return Say(grid, (), position)
 
 
 def _axis_groupings(
@@ -82,28 +127,36 @@ def _axis_groupings(
 ) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
     """The groupings of columns that follow one axis of a source, with that axis."""
     found = []
-    for labels, column in groupings(columns):
+    for _, column in groupings(columns):
         codes = columns[:, column]
         axes = varying_axes(source, codes)
         if len(axes) == 1 and not bool((codes == NONE).any()):
+            places = coordinates(source, codes)[axes[0]]
+            labels = torch.unique(places, return_inverse=True)[1]  # in the order of the axis
             found.append((labels, (source, axes[0])))
     return found
 
 
 def _value_groupings(
     source: Source, columns: torch.Tensor, value: object
-) -> tuple[list[torch.Tensor], int] | None:
-    """Groupings by the values of a positional input whose rows are the run's tokens in order."""
+) -> tuple[list[torch.Tensor], int, tuple[int, int] | None] | None:
+    """Groupings by the values of a positional input whose rows are the run's tokens in order.
+
+    With the axis of those rows, and which they are unless all.
+    """
     rows = columns.amax(1)
     axes = varying_axes(source, rows)
     if bool((rows == NONE).any()) or len(axes) != 1:
         return None
     places = coordinates(source, rows)[axes[0]]
-    if not torch.equal(places, torch.arange(source.shape[axes[0]])):
+    first, last = int(places[0]), int(places[-1]) + 1
+    if last - first != places.numel() or not torch.equal(places, torch.arange(first, last)):
         return None
     if not isinstance(value, torch.Tensor) or torch._subclasses.fake_tensor.is_fake(value):
         return None
-    return [labels for labels, _ in groupings(position_rows(value, axes[0]))], axes[0]
+    read = position_rows(value, axes[0])[first:last]
+    part = None if last - first == source.shape[axes[0]] else (first, last)
+    return [labels for labels, _ in groupings(read)], axes[0], part
 
 
 def position_rows(value: torch.Tensor, axis: int) -> torch.Tensor:

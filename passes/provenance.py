@@ -6,15 +6,17 @@ are computed once, so that forty identical layers cost little more than one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._library.custom_ops import CustomOpDef
 
-from . import compute, indexing, movement
+from . import compute, indexing, movement, scatter
+from .aliases import Aliases, undo_view
 from .codes import Source, SourceKind, Tracked
+from .known import known_assignment, known_input, known_result, reads_of
+from .operations import freeze, is_in_place, operation_name, result_shapes, written_operands
 from .sizes import example, hint, shape_hints
 from .subgraphs import output_value, subgraph_call
 
@@ -22,8 +24,6 @@ _CREATED = frozenset({"arange", "linspace"})
 
 _UNFOLLOWED = (NotImplementedError, ValueError, TypeError, IndexError, RuntimeError)
 """What a rule raises on a call form it does not know: the tensor then counts as unknown."""
-
-Interpret = Callable[..., "Tracked | list[Tracked]"]
 
 
 class Provenance:
@@ -41,7 +41,10 @@ class Provenance:
         self.values: dict[fx.Node, Any] = {}
         self.sources: dict[Source, fx.Node] = {}
         self.unknown: set[str] = set()
-        self._rules: dict[str, movement.Rule] = {**movement.RULES, **compute.RULES, **rules}
+        self._rules: dict[str, movement.Rule] = {
+            **movement.RULES, **scatter.RULES, **compute.RULES, **rules,
+        }  # fmt: skip
+        self._aliases = Aliases()
         self._memo: dict[object, Any] = {}
         self._kept: list[Any] = []  # keeps ids in memo keys from being reused
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -59,16 +62,22 @@ class Provenance:
             return
         recorded = example(node)
         shape = shape_hints(recorded if isinstance(recorded, torch.Tensor) else value)
-        if isinstance(value, torch.nn.Parameter) or not shape:
+        if isinstance(value, torch.nn.Parameter):
             self.values[node] = Tracked(shape)
             return
         kind = SourceKind.BUFFER if "_buffers_" in node.name else SourceKind.INPUT
-        self.values[node] = self._source(node, kind, shape)
+        codes = self._source(node, kind, shape) if shape else {}
+        known = known_input(node, value)
+        reads = frozenset() if known is None else frozenset([node])
+        self.values[node] = Tracked(shape, codes, known, reads)
+        self._aliases.note(node)
 
-    def _source(self, node: fx.Node, kind: SourceKind, shape: tuple[int, ...]) -> Tracked:
+    def _source(
+        self, node: fx.Node, kind: SourceKind, shape: tuple[int, ...]
+    ) -> dict[Source, torch.Tensor]:
         source = Source(node.name, kind, shape)
         self.sources[source] = node
-        return Tracked(shape, {source: source.codes()})
+        return {source: source.codes()}
 
     def _run(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
@@ -78,15 +87,16 @@ class Provenance:
                 self._enter_attribute(gm, node)
                 continue
             call = subgraph_call(gm, node)
-            if call is not None:
-                inner = call.module.graph.find_nodes(op="placeholder")
-                for placeholder, operand in zip(inner, call.operands, strict=True):
-                    if isinstance(operand, fx.Node) and operand in self.values:
-                        self.values[placeholder] = self.values[operand]
-                self._run(call.module)
-                self.values[node] = self._resolve(output_value(call.module.graph))
+            if call is None:
+                self._step(node)
                 continue
-            self._step(node)
+            inner = call.module.graph.find_nodes(op="placeholder")
+            for placeholder, operand in zip(inner, call.operands, strict=True):
+                if isinstance(operand, fx.Node) and operand in self.values:
+                    self.values[placeholder] = self.values[operand]
+                    self._aliases.note_same(placeholder, operand)
+            self._run(call.module)
+            self.values[node] = self._resolve(output_value(call.module.graph))
 
     def _enter_attribute(self, gm: fx.GraphModule, node: fx.Node) -> None:
         value: Any = gm
@@ -95,94 +105,136 @@ class Provenance:
         if isinstance(value, torch.nn.Parameter):
             self.values[node] = Tracked(tuple(value.shape))
         elif isinstance(value, torch.Tensor) and value.dim():
-            self.values[node] = self._source(node, SourceKind.BUFFER, tuple(value.shape))
+            codes = self._source(node, SourceKind.BUFFER, tuple(value.shape))
+            self.values[node] = Tracked(tuple(value.shape), codes, known_input(node, value))
 
     def _step(self, node: fx.Node) -> None:
         name = operation_name(node)
-        out = _shapes(example(node))
         if name == "setitem":
-            self._assign(node)
+            self._set_item(node)
             return
-        if out is None:
-            return
+        out = result_shapes(example(node))
+        if out is not None:
+            self.values[node] = self._computed(node, name, out)
+            self._aliases.note(node)
+        target = node.args[0] if node.args else None
+        writes = is_in_place(name) or (
+            compute.is_elementwise(name) and self._aliases.shares(node, target)
+        )
+        if writes and isinstance(target, fx.Node):
+            self._write(target, self.values.get(node))
+        for other in written_operands(node):
+            if other is node.kwargs.get("out"):
+                self._write(other, self.values.get(node))
+            elif other is not target or not writes:
+                self._forget(other, name)
+
+    def _computed(self, node: fx.Node, name: str, out: Any) -> Any:
+        """The codes of a node from those of its arguments."""
         if name == "getattr":
             subject, attribute = self._resolve(node.args)
-            name = str(attribute)
-            node_args: Any = (subject,)
-            kwargs: dict[str, Any] = {}
+            name, kwargs = str(attribute), {}
+            args: Any = (subject,)
         else:
-            node_args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
+            args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
             for first in ("input", "tensors"):  # the subject of the operation, given by keyword
-                if first in kwargs and not node_args:
-                    node_args = (kwargs.pop(first),)
+                if first in kwargs and not args:
+                    args = (kwargs.pop(first),)
+        if name == "getitem" and isinstance(args[0], (list, tuple)):
+            return args[0][args[1]]
         if name in _CREATED and len(out) == 1:
-            self.values[node] = self._source(node, SourceKind.CREATED, out)
-            return
-        if name == "getitem" and isinstance(node_args[0], (list, tuple)):
-            self.values[node] = node_args[0][node_args[1]]
-            return
-        key = (name, _freeze(out), _freeze(node_args), _freeze(kwargs))
+            known = known_result(node, name, args, kwargs)
+            return Tracked(out, self._source(node, SourceKind.CREATED, out), known)
+        key = (name, freeze(out), freeze(args), freeze(kwargs))
         if key not in self._memo:
-            self._memo[key] = self._apply(name, out, node_args, kwargs)
-            self._kept.append((node_args, kwargs))
-        self.values[node] = self._memo[key]
-        if name.endswith("_") and not name.endswith("__") and node.args:
-            self._write_back(node)
+            result = self._apply(name, out, args, kwargs)
+            self._memo[key] = _with_values(result, known_result(node, name, args, kwargs),
+                                           compute.tracked_in([args, kwargs]))  # fmt: skip
+            self._kept.append((args, kwargs))
+        return self._memo[key]
 
     def _apply(self, name: str, out: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tracked = compute.tracked_in([args, kwargs])
-        if not any(x.codes for x in tracked) or any(0 in x.shape for x in tracked):
+        if not any(x.codes for x in tracked) or 0 in out:
             return compute.nothing(out)
-        rule = self._rules.get(name)
-        if rule is None and compute.keeps_places(name.rstrip("_")):
+        plain = name.rstrip("_") if is_in_place(name) else name
+        rule = self._rules.get(name) or self._rules.get(plain)
+        if rule is None and compute.keeps_places(plain):
             rule = movement.same
         if rule is None and compute.is_elementwise(name):
             rule = compute.elementwise
         if rule is None:
             self.unknown.add(name)
             return compute.nothing(out)
+        given = {key: value for key, value in kwargs.items() if key != "out"}
         try:
-            return rule(out, *args, **kwargs)
+            return compute.checked(out, rule(out, *args, **given))
         except _UNFOLLOWED as refusal:
             self.unknown.add(f"{name} ({refusal})")
             return compute.nothing(out)
 
-    def _assign(self, node: fx.Node) -> None:
+    def _set_item(self, node: fx.Node) -> None:
         target, index, value = node.args[0], self._resolve(node.args[1]), node.args[2]
-        base = self.codes_of(target)
-        if base is None or not isinstance(target, fx.Node):
+        base, written = self._resolve(target), self._resolve(value)
+        if not isinstance(base, Tracked) or not isinstance(target, fx.Node):
             return
-        written = self._resolve(value)
-        key = ("setitem", _freeze(base), _freeze(index), _freeze(written))
+        key = ("setitem", freeze(base), freeze(index), freeze(written))
         if key not in self._memo:
             try:
-                self._memo[key] = indexing.assign(base, index, written)
+                codes = (
+                    indexing.assign(base, index, written).codes if _codes_in(base, written) else {}
+                )
+                values, reads = known_assignment(base, index, written)
+                self._memo[key] = Tracked(base.shape, codes, values, reads)
             except _UNFOLLOWED as refusal:
                 self.unknown.add(f"setitem ({refusal})")
                 self._memo[key] = Tracked(base.shape)
             self._kept.append((base, index, written))
-        self.values[target] = self._memo[key]
+        self._write(target, self._memo[key])
 
-    def _write_back(self, node: fx.Node) -> None:
-        """An in-place method changes its first argument; on a view, the viewed tensor too."""
-        target = node.args[0]
-        result = self.codes_of(node)
-        if result is None or not isinstance(target, fx.Node):
+    def _write(self, target: fx.Node, value: Any) -> None:
+        """`target` now holds `value`; so do the tensors that share its memory, each in its way."""
+        if not isinstance(value, Tracked):
+            self._forget(target, "an in-place operation")
             return
-        if operation_name(node) == "copy_":
-            written = self.codes_of(node.args[1])
-            if written is not None:
-                result = Tracked(result.shape, written.codes)
-        self.values[node] = self.values[target] = result
-        if target.op == "call_function" and operation_name(target) == "getitem":
-            base = self.codes_of(target.args[0])
-            if base is not None and isinstance(target.args[0], fx.Node):
-                index = self._resolve(target.args[1])
-                try:
-                    self.values[target.args[0]] = indexing.assign(base, index, result)
-                except _UNFOLLOWED as refusal:
-                    self.unknown.add(f"in-place write ({refusal})")
-                    self.values[target.args[0]] = Tracked(base.shape)
+        self.values[target] = value
+        path, child = {target}, target
+        while (base := self._aliases.base(child)) is not None:
+            try:
+                self.values[base] = self._undone(child, base)
+            except _UNFOLLOWED as refusal:
+                self._forget(target, str(refusal))
+                return
+            path.add(base)
+            child = base
+        for member in self._aliases.family(target):
+            base = self._aliases.base(member)
+            if member in path or base is None:
+                continue
+            name = operation_name(member)
+            if member.op == "placeholder" or is_in_place(name) or compute.is_elementwise(name):
+                self.values[member] = self.values[base]
+            else:
+                self.values[member] = self._computed(member, name, result_shapes(example(member)))
+
+    def _undone(self, view: fx.Node, base: fx.Node) -> Any:
+        """What `base` holds once its view `view` holds what it does."""
+        held, seen = self.values[base], self.values[view]
+        if view.op == "placeholder":
+            return seen
+        name = operation_name(view)
+        args, kwargs = self._resolve(view.args[1:]), self._resolve(view.kwargs)
+        key = ("undo", name, freeze(held), freeze(args), freeze(kwargs), freeze(seen))
+        if key not in self._memo:
+            self._memo[key] = undo_view(name, held, args, kwargs, seen)
+            self._kept.append((held, args, kwargs, seen))
+        return self._memo[key]
+
+    def _forget(self, node: fx.Node, name: str) -> None:
+        """What a tensor and all that share its memory hold is no longer known."""
+        self.unknown.add(f"{name}, which writes to a tensor")
+        for member in self._aliases.family(node):
+            self.values[member] = compute.nothing(result_shapes(example(member)) or ())
 
     def _resolve(self, arg: Any) -> Any:
         """Arguments with nodes replaced by tracked tensors, or by their value or its hint."""
@@ -210,43 +262,15 @@ class Provenance:
         return arg
 
 
-def operation_name(node: fx.Node) -> str:
-    """The bare name of the function or method a node calls; of a custom op, "namespace::op"."""
-    if node.op == "call_method":
-        return str(node.target)
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return _plain_name(target._schema.name)
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return _plain_name(target._qualified_op_name)
-    if isinstance(target, CustomOpDef):
-        return target._qualname
-    return str(getattr(target, "__name__", target))
+def _codes_in(*values: object) -> bool:
+    return any(isinstance(x, Tracked) and x.codes for x in values)
 
 
-def _plain_name(qualified: str) -> str:
-    """torch's own operators without their namespace, others with it."""
-    space, _, name = qualified.partition("::")
-    return name if space in ("aten", "prims") else qualified
-
-
-def _shapes(value: object) -> Any:
-    """The shape of a recorded tensor, or of each of several; None for anything else."""
-    if isinstance(value, torch.Tensor):
-        return shape_hints(value)
-    if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
-        return [shape_hints(v) for v in value if isinstance(v, torch.Tensor)]
-    return None
-
-
-def _freeze(arg: Any) -> object:
-    """A hashable stand-in for an argument; tracked tensors by the identity of their codes."""
-    if isinstance(arg, Tracked):
-        return arg.key()
-    if isinstance(arg, (tuple, list)):
-        return tuple(_freeze(a) for a in arg)
-    if isinstance(arg, dict):
-        return tuple((name, _freeze(a)) for name, a in arg.items())
-    if isinstance(arg, slice):
-        return ("slice", arg.start, arg.stop, arg.step)
-    return (type(arg), str(arg))
+def _with_values(result: Any, known: Any, given: Sequence[Tracked]) -> Any:
+    """A result with the values it is known to have."""
+    reads = reads_of(list(given))
+    if isinstance(result, Tracked) and isinstance(known, torch.Tensor):
+        return Tracked(result.shape, result.codes, known, reads)
+    if isinstance(result, list) and isinstance(known, list):
+        return [_with_values(x, value, given) for x, value in zip(result, known, strict=True)]
+    return result

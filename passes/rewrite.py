@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..kernels.layout import CONTEXT, EXTRA, VIDEO
 from ..kernels.op import sparse_attention_v1
 from .analyse import Finding
+from .dead import erase, takes_output
 from .grid_sizes import Length, SizeOf
-from .masks import KeyValidity
-from .sites import Operand
+from .layout import SiteLayout
+from .mask_rows import key_rows, masked_output
+from .multihead import with_heads
+from .sites import Operand, Site
 from .sizes import example_tensor
 from .subgraphs import subgraph_calls
 
@@ -32,11 +36,13 @@ class PlanInputs:
 
     key: the plan's name. projection: the plan brings score projections.
     grids: number of video segments whose grids are told per call; 0 where the graph knows them.
+    order: the layout whose tokens are brought into raster order; None where they stand so.
     """
 
     key: str
     projection: bool
     grids: int
+    order: SiteLayout | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +54,12 @@ class ExtraInputs:
     density: fx.Node
     projection: fx.Node | None
     grids: fx.Node | None
+    order: fx.Node | None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """The inputs that were added, in the graph's order."""
-        found = (self.tile_shapes, self.density, self.projection, self.grids)
+        found = (self.tile_shapes, self.density, self.projection, self.grids, self.order)
         return tuple(node for node in found if node is not None)
 
 
@@ -106,10 +113,14 @@ def _give_every_call_its_own_graph(gm: fx.GraphModule) -> None:
 
 
 class Rewriter:
-    """Rewrites the findings of one main graph and collects the inputs that were added."""
+    """Rewrites the findings of one main graph and collects the inputs that were added.
+
+    keep_all: the node, of the main graph, that becomes the op's argument of this name; or None.
+    """
 
     def __init__(self, gm: fx.GraphModule, score: str, executor: str) -> None:
         """gm: an owned copy. score, executor: passed to the op as they are."""
+        self.keep_all: fx.Node | None = None
         self._gm = gm
         self._score = score
         self._executor = executor
@@ -127,30 +138,45 @@ class Rewriter:
         site = finding.site
         extra = self._extra.get(inputs) or self._add_inputs(inputs)
         names: list[fx.Node | None] = [
-            extra.tile_shapes, extra.density, extra.projection, extra.grids
+            extra.tile_shapes, extra.density, extra.projection, extra.grids, extra.order,
+            self.keep_all,
         ]  # fmt: skip
         for outer in site.calls:
             names = [None if node is None else _lift(outer.node, outer.module, node)
                      for node in names]  # fmt: skip
-        tile_shapes, density, projection, grids = names
+        tile_shapes, density, projection, grids, order, keep_all = names
         assert finding.dims is not None
         dtype = finding.dims.dtype
         graph = site.owner.graph
         with graph.inserting_before(site.node):
             q, k, v = (
                 _cast(graph, _to_bhnd(graph, operand), operand.node, dtype)
-                for operand in (site.q, site.k, site.v)
+                for operand in _operands(graph, site)
             )
-            valid = None if finding.mask is None else _key_valid(graph, finding.mask, q)
-            layout = self._layout(graph, finding, site.q)
+            valid = None if finding.mask is None else key_rows(graph, finding.mask, k)
+            layout = self._layout(graph, finding)
+            ordered: tuple[fx.Node | None, ...] = (q, k, v, valid)
+            if order is not None:
+                ordered = tuple(
+                    None if x is None else _taken(graph, x, side, order, 0)
+                    for x, side in ((q, 2), (k, 2), (v, 2), (valid, 1))
+                )
             call = graph.call_function(
                 sparse_attention_v1._opoverload,
-                (q, k, v, valid, layout, grids, tile_shapes, density, projection, self._score,
-                 site.scale, self._executor),
+                (*ordered, layout, grids, tile_shapes, density, projection, self._score,
+                 site.scale, self._executor, keep_all),
             )  # fmt: skip
             out = graph.call_function(operator.getitem, (call, 0))
-            out = _from_bhnd(graph, out, site.out_axes)
-            recorded = example_tensor(site.node)
+            if order is not None:
+                out = _taken(graph, out, 2, order, 1)
+            if finding.mask is not None:
+                out = masked_output(graph, finding.mask, valid, q, v, out)
+            if site.projections is None:
+                out = _from_bhnd(graph, out, site.out_axes)
+            else:
+                out = _from_bhnd(graph, out, with_heads(site.out_axes))
+                out = site.projections.combine(graph, out, site.q.node)
+            recorded = site.first_output()
             if recorded is not None and recorded.dtype != dtype:
                 out = graph.call_function(torch.ops.aten.to.dtype, (out, recorded.dtype))
         for node in (call, out):
@@ -159,6 +185,9 @@ class Rewriter:
                 for key, value in site.node.meta.items()
                 if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
             }
+        if site.output_first:
+            for user in [user for user in site.node.users if not takes_output(user)]:
+                erase(user)
         replaced = list(site.node.users) if site.output_first else [site.node]
         for node in replaced[:1]:
             # methods of nodes that are not known to be tensors keep a graph from being cached
@@ -181,12 +210,13 @@ class Rewriter:
     def _add_inputs(self, inputs: PlanInputs) -> ExtraInputs:
         stem = f"veda_{len(self._extra)}"
         nodes = {
-            name: self._placeholder(f"{stem}_{name}")
+            name: self.add_input(f"{stem}_{name}")
             for name, wanted in (
                 ("tile_shapes", True),
                 ("density", True),
                 ("projection", inputs.projection),
                 ("grids", inputs.grids > 0),
+                ("order", inputs.order is not None),
             )
             if wanted
         }
@@ -196,10 +226,12 @@ class Rewriter:
             nodes["density"],
             nodes.get("projection"),
             nodes.get("grids"),
+            nodes.get("order"),
         )
         return self._extra[inputs]
 
-    def _placeholder(self, name: str) -> fx.Node:
+    def add_input(self, name: str) -> fx.Node:
+        """A new last input of the main graph."""
         graph = self._gm.graph
         if self._last is None:
             with graph.inserting_before(next(iter(graph.nodes))):
@@ -211,23 +243,28 @@ class Rewriter:
         self._last = node
         return node
 
-    def _layout(self, graph: fx.Graph, finding: Finding, q: Operand) -> list[Any]:
+    def _layout(self, graph: fx.Graph, finding: Finding) -> list[Any]:
         """The op's `layout` argument: sizes of the graph, or blanks for the grids of this call."""
-        assert finding.layout is not None
-        flat: list[Any] = []
-        if finding.sizes is None:
-            for run in finding.layout.runs:
-                flat += [1, 0, 0, 0] if run.grid is not None else [0, _REST, 1, 1]
-            return flat
-        grids, extras = iter(finding.sizes.grids), iter(finding.sizes.extras)
+        assert finding.layout is not None and finding.sizes is not None
+        before, after = finding.layout.before, finding.layout.after
+        flat: list[Any] = [CONTEXT, before if after else _REST, 1, 1] if before else []
+        blank: Length = 0
+        told = [(blank,) * 3] * len(finding.layout.videos)
+        grids, extras = iter(finding.sizes.grids or told), iter(finding.sizes.extras)
         for run in finding.layout.runs:
             if run.grid is not None:
-                flat += [1, *(_size_node(graph, side) for side in next(grids))]
+                flat += [VIDEO, *(_size_node(graph, side) for side in next(grids))]
             else:
                 length = next(extras)
                 rest = _REST if length is None else _size_node(graph, length)
-                flat += [0, rest, 1, 1]
-        return flat
+                flat += [EXTRA, rest, 1, 1]
+        return flat + ([CONTEXT, _REST, 1, 1] if after else [])
+
+
+def _taken(graph: fx.Graph, x: fx.Node, side: int, order: fx.Node, row: int) -> fx.Node:
+    """The tokens of x along a side in the order that a row of `order` tells."""
+    places = graph.call_function(torch.ops.aten.select.int, (order, 0, row))
+    return graph.call_function(torch.ops.aten.index_select.default, (x, side, places))
 
 
 def _size_node(graph: fx.Graph, length: Length) -> Any:
@@ -239,13 +276,24 @@ def _size_node(graph: fx.Graph, length: Length) -> Any:
 def _lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Hand a node of the calling graph to a nested graph; once per call and name."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    existing = next((p for p in placeholders if p.target == node.target), None)
+    name = str(node.target) if node.op == "placeholder" else node.name
+    existing = next((p for p in placeholders if p.target == name), None)
     if existing is None:
         with module.graph.inserting_after(placeholders[-1]):
-            existing = module.graph.placeholder(str(node.target))
+            existing = module.graph.placeholder(name)
     if node not in call.args:
         call.args = (*call.args, node)
     return existing
+
+
+def _operands(graph: fx.Graph, site: Site) -> list[Operand]:
+    """q, k and v as they enter the attention."""
+    operands = [site.q, site.k, site.v]
+    if site.projections is None:
+        return operands
+    q, k, v = (operand.node for operand in operands)
+    projected = site.projections.project(graph, (q, k, v))
+    return [Operand(node, with_heads(site.q.axes)) for node in projected]
 
 
 def _to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
@@ -276,19 +324,6 @@ def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:
     if order != sorted(order):
         node = graph.call_function(torch.permute, (node, order))
     return node
-
-
-def _key_valid(graph: fx.Graph, mask: KeyValidity, q: fx.Node) -> fx.Node:
-    """(B, N) validity from a mask whose other sides are 1."""
-    rank = mask.key_axis + 1
-    index: list[Any] = [0] * rank
-    index[mask.key_axis] = slice(None)
-    if mask.batch_axis is not None:
-        index[mask.batch_axis] = slice(None)
-        return graph.call_function(operator.getitem, (mask.node, tuple(index)))
-    row = graph.call_function(operator.getitem, (mask.node, tuple(index)))
-    batch = graph.call_function(torch.ops.aten.sym_size.int, (q, 0))
-    return graph.call_function(torch.ops.aten.expand.default, (row, (batch, -1)))
 
 
 def input_positions(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[int]:

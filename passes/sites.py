@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,11 @@ import torch
 from torch import fx
 
 from .attention_ops import AttentionOp, arguments, find_op
+from .encoder_layer import is_encoder_layer, read_encoder_layer
 from .explicit_softmax import Explicit, match_explicit
+from .flex import is_flex, read_flex
+from .logit_mask import LogitMask
+from .multihead import MultiHead, is_multihead, read_multihead
 from .subgraphs import SubgraphCall, subgraph_calls
 
 
@@ -31,9 +36,12 @@ class Site:
 
     node: what is replaced; its value is the output, or a tuple with the output first
         (`output_first`). out_axes: the sides of the output.
-    mask: the mask's node; causal, dropout: as given. scale: None is 1/sqrt(head_dim).
+    masks: all that keep queries from keys; causal, dropout: as given.
+    scale: None is 1/sqrt(head_dim).
     oddity: an argument that makes this more than plain softmax attention, or None.
     fused: one operator, not softmax and products written out.
+    structure: a block mask that may hide keys, in words, or None.
+    projections: of a call that projects its operands itself; they are (N, B, C) then.
     calls: the nested graphs the site lies in, outermost first; empty in the main graph.
     """
 
@@ -43,14 +51,23 @@ class Site:
     k: Operand
     v: Operand
     out_axes: str
-    mask: fx.Node | None = None
+    masks: tuple[LogitMask, ...] = ()
     dropout: float = 0.0
     causal: bool = False
     scale: float | None = None
     output_first: bool = False
     oddity: str | None = None
     fused: bool = True
+    structure: str | None = None
+    projections: MultiHead | None = None
     calls: tuple[SubgraphCall, ...] = ()
+
+    def first_output(self) -> torch.Tensor | None:
+        """What tracing recorded as the attention's output."""
+        value = self.node.meta.get("example_value")
+        if self.output_first and isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        return value if isinstance(value, torch.Tensor) else None
 
 
 _SDPA = (
@@ -77,6 +94,16 @@ def find_sites(gm: fx.GraphModule, calls: tuple[SubgraphCall, ...] = ()) -> Iter
 def _site_at(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
     if node.op == "call_function" and node.target in _SDPA:
         return _sdpa(gm, node, calls)
+    if is_flex(node):
+        return _flex(gm, node, calls)
+    if is_multihead(node):
+        return _multihead(gm, node, calls)
+    if is_encoder_layer(node):
+        x, layer, oddity = read_encoder_layer(node)
+        whole = Operand(x, "bnd")
+        return Site(
+            gm, node, whole, whole, whole, "bnd", oddity=oddity, calls=calls, projections=layer
+        )
     op = find_op(node)
     if op is not None:
         return _registered(gm, node, op, calls)
@@ -106,13 +133,54 @@ def _sdpa(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) ->
         Operand(k, axes),
         Operand(v, axes),
         axes,
-        mask=mask if isinstance(mask, fx.Node) else None,
+        masks=_masks(mask, axes),
         dropout=0.0 if "dropout_p" in odd else float(dropout or 0.0),
         causal=bool(causal) and "is_causal" not in odd,
         scale=None if scale is None or "scale" in odd else float(scale),
         oddity=f"{odd[0]} is computed in the graph" if odd else None,
         calls=calls,
     )
+
+
+def _flex(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
+    call = read_flex(gm, node)
+    if call is None:
+        return None
+    q, k, v = (Operand(x, "bhnd") for x in (call.q, call.k, call.v))
+    return Site(
+        gm, node, q, k, v, "bhnd", scale=call.scale, output_first=True, oddity=call.oddity,
+        structure=call.structure, calls=calls,
+    )  # fmt: skip
+
+
+def _multihead(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
+    call = read_multihead(node)
+    tensor = call.inputs[0].meta.get("example_value")
+    axes = "nbd" if isinstance(tensor, torch.Tensor) and tensor.dim() == 3 else "nd"
+    q, k, v = (Operand(x, axes) for x in call.inputs)
+    masks = tuple(
+        LogitMask(mask, roles, -math.inf if _boolean(mask) else None, shown_where=False)
+        for mask, roles in call.masks
+    )
+    return Site(
+        gm, node, q, k, v, axes, masks=masks, dropout=call.dropout, causal=call.causal,
+        output_first=True, oddity=call.oddity, fused=not call.weighs, calls=calls,
+        projections=call.projections,
+    )  # fmt: skip
+
+
+def _boolean(node: fx.Node) -> bool:
+    tensor = node.meta.get("example_value")
+    return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bool
+
+
+def _masks(node: object, axes: str) -> tuple[LogitMask, ...]:
+    """The mask argument of a fused op over q with sides `axes`: True where a query may attend, or
+    added to the logits."""
+    if not isinstance(node, fx.Node):
+        return ()
+    roles = tuple({"n": "q", "d": "k"}.get(axis, axis) for axis in axes)
+    return (LogitMask(node, roles, -math.inf if _boolean(node) else None),)
 
 
 def _sdpa_axes(q: fx.Node) -> str:
@@ -132,11 +200,11 @@ def _registered(
         Operand(call.k, op.axes),
         Operand(call.v, op.axes),
         op.axes,
-        mask=call.mask,
+        masks=_masks(call.mask, "bhnd"[4 - len(op.axes) :]),
         dropout=call.dropout,
         causal=call.causal,
         scale=call.scale,
-        output_first=op.output_first,
+        output_first=call.output_first,
         oddity=call.oddity,
         calls=calls,
     )
@@ -150,6 +218,7 @@ def _explicit(gm: fx.GraphModule, found: Explicit, calls: tuple[SubgraphCall, ..
         Operand(found.k, found.k_axes),
         Operand(found.v, found.v_axes),
         found.out_axes,
+        masks=found.masks,
         scale=found.scale,
         dropout=found.dropout,
         oddity=found.oddity,

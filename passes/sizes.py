@@ -11,15 +11,24 @@ from torch import fx
 Size: TypeAlias = int | torch.SymInt
 
 UNBACKED_HINT = 8
-"""Assumed for a size that only the data will tell; never used as the size itself."""
+"""Assumed for a number that only the data will tell; never used as the size itself."""
 
 
 def hint(size: Size) -> int:
     """The value `size` has for this trace. Asking it directly would add a guard."""
     if isinstance(size, torch.SymInt):
         value = size.node.hint
-        return UNBACKED_HINT if value is None else int(value)
+        return _assumed(size) if value is None else int(value)
     return int(size)
+
+
+def _assumed(size: torch.SymInt) -> int:
+    """The value of a size with `UNBACKED_HINT` for what is unknown, so that products agree."""
+    env = size.node.shape_env
+    known = getattr(env, "backed_var_to_val", None)  # named var_to_val before torch 2.12
+    known = env.var_to_val if known is None else known
+    symbols = size.node.expr.free_symbols
+    return int(size.node.expr.xreplace({s: known.get(s, UNBACKED_HINT) for s in symbols}))
 
 
 def expression(size: Size) -> sympy.Expr:

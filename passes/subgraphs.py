@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 
@@ -28,6 +29,8 @@ def subgraph_call(owner: fx.GraphModule, node: fx.Node) -> SubgraphCall | None:
     Operators with more than one nested graph (cond, flex_attention) are not followed.
     """
     if node.op != "call_function" or any(isinstance(x, fx.Node) for x in node.kwargs.values()):
+        return None
+    if node.target is torch.ops.higher_order.flex_attention:
         return None
     places = [
         i

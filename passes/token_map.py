@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,20 +28,29 @@ def to_bhnd(codes: torch.Tensor, axes: str) -> torch.Tensor:
 class TokenMap:
     """How one site's operands relate.
 
-    tokens: sequence length (hint). content: per source that reaches v, the (N,) codes of the first
-    batch element. positional: per source that reaches q and k but not v, its (N, F) codes.
-    same: q, k and v hold the same tokens in the same order. shared: they have a source in common.
+    tokens: length of q (hint). before, after: keys and values beyond q's tokens on either side.
+    content: per source that reaches v, the (N,) codes of q's tokens in the first batch element.
+    positional: per source that reaches q and k but not v, its (N, F) codes.
+    same: q, k and v hold the same tokens in the same order, but for the keys before and after.
+    paired: k and v have a source in common; without one they come from separate inputs and nothing
+        is known. asked: q comes from an input.
     batch_axes: per content source, its axes that vary over the batch side.
-    by_head: the tokens differ from head to head.
+    by_head: the tokens differ from head to head. by_batch: their order differs in the batch.
+    apart: q is one token, or comes from other inputs than k and v, which share one.
     """
 
     tokens: int
     content: Mapping[Source, torch.Tensor]
     positional: Mapping[Source, torch.Tensor]
     same: bool
-    shared: bool
+    paired: bool
+    asked: bool
     batch_axes: Mapping[Source, frozenset[int]]
     by_head: bool
+    by_batch: bool
+    apart: bool
+    before: int = 0
+    after: int = 0
 
 
 def token_map(
@@ -59,29 +68,110 @@ def token_map(
         for s in rows[0]
         if s in rows[1] and (s not in rows[2] or s.kind is not SourceKind.INPUT)
     }
-    others = {
-        s for row in rows[:2] for s in row if s.kind is SourceKind.INPUT and s not in positional
-    }
-    same = bool(content_sources) and others <= set(content_sources)
-    for source in content_sources if same else ():
-        a, b, c = (row.get(source) for row in rows)
-        same = (
-            same
-            and a is not None
-            and b is not None
-            and c is not None
-            and torch.equal(a, c)
-            and torch.equal(b, c)
-        )
-    return TokenMap(
-        q.shape[axes[0].axes.index("n")],
-        {s: rows[2][s] for s in content_sources},
-        positional,
-        same,
-        any(s in rows[0] for s in content_sources),
-        {s: _batch_axes(s, views[2][s]) for s in content_sources},
-        any(views[2][s].shape[1] > 1 for s in content_sources),
+    # a batch made of a list of samples: an input for every batch element
+    twins = [s for s, c in views[2].items() if s.kind is SourceKind.INPUT and _starts_later(c)]
+    named = dict.fromkeys(
+        s
+        for row in (*rows, twins)
+        for s in row
+        if s.kind is SourceKind.INPUT and s not in positional
     )
+    lengths = [x.shape[o.axes.index("n")] for x, o in zip((q, k, v), axes, strict=True)]
+    start = None
+    if content_sources and lengths[1] == lengths[2]:
+        start = _window(
+            *(_lines(view, list(named), n) for view, n in zip(views, lengths, strict=True))
+        )
+    before = start or 0
+    window = slice(None) if start is None else slice(start, start + lengths[0])
+    content = {s: rows[2][s][window] for s in content_sources}
+    if start is not None:
+        content = {s: row for s, row in content.items() if bool((row != NONE).any())}
+    return TokenMap(
+        lengths[0],
+        content,
+        positional,
+        start is not None,
+        any(s in rows[1] for s in content_sources),
+        any(s.kind is SourceKind.INPUT for s in rows[0]),
+        {s: _batch_axes(s, views[2][s]) for s in content},
+        not all(_alike(view[s]) for view in views for s in content if s in view),
+        not all(
+            _even(views[2][s], [views[2][t] for t in twins if t.shape == s.shape]) for s in content
+        ),
+        lengths[0] == 1 or _are_apart(*views),
+        before,
+        0 if start is None else lengths[1] - before - lengths[0],
+    )
+
+
+def _are_apart(*views: Mapping[Source, torch.Tensor]) -> bool:
+    q, k, v = ({s.root for s in view if s.kind is SourceKind.INPUT} for view in views)
+    return bool(q and k & v and not q & (k | v))
+
+
+_Lines = list[torch.Tensor]
+"""Per content source, (B or 1, N) codes."""
+
+
+def _lines(view: Mapping[Source, torch.Tensor], sources: list[Source], tokens: int) -> _Lines:
+    return [
+        view[s][:, 0].amax(-1).expand(-1, tokens)
+        if s in view
+        else torch.full((1, tokens), NONE, dtype=torch.int32)
+        for s in sources
+    ]
+
+
+def _equal(a: _Lines, b: _Lines) -> bool:
+    return all(bool((x == y).all()) for x, y in zip(a, b, strict=True))
+
+
+def _window(q: _Lines, k: _Lines, v: _Lines) -> int | None:
+    """Where the tokens of q stand among the keys and values; None if nowhere, or not once."""
+    known = next((i for i, line in enumerate(q) if bool((line[0] != NONE).any())), None)
+    if known is None:
+        return None
+    wanted = q[known].shape[1]
+    first = int((q[known][0] != NONE).nonzero()[0])
+    hits = (k[known][0] == q[known][0, first]).nonzero().flatten()
+    starts = [
+        start
+        for start in (hits - first).tolist()
+        if 0 <= start <= k[known].shape[1] - wanted
+        and _equal(q, [line[:, start : start + wanted] for line in k])
+    ]
+    if len(starts) != 1:
+        return None
+    (start,) = starts
+    same = _equal(q, [line[:, start : start + wanted] for line in v])
+    return start if same else None
+
+
+def _alike(codes: torch.Tensor) -> bool:
+    """Whether all heads hold the same tokens."""
+    return codes.shape[1] == 1 or bool((codes == codes[:, :1]).all())
+
+
+def _starts_later(codes: torch.Tensor) -> bool:
+    """Whether the first batch element holds nothing, and another does."""
+    return bool((codes[0] == NONE).all()) and bool((codes != NONE).any())
+
+
+def _even(codes: torch.Tensor, twins: Sequence[torch.Tensor]) -> bool:
+    """Whether all batch elements hold their own tokens in the order of the first.
+
+    twins: codes of sources of the same shape, which may hold the tokens of other elements.
+    """
+    rows = codes[:, 0].amax(-1)
+    for twin in twins:
+        rows = torch.where((rows == NONE).all(1, keepdim=True), twin[:, 0].amax(-1), rows)
+    held = (rows != NONE)[0]
+    if rows.shape[0] == 1 or not bool(held.any()):
+        return True
+    first = int(held.nonzero()[0])
+    moved = rows.long() - rows[:, first : first + 1].long()
+    return bool((moved == moved[:1])[:, held].all()) and bool((rows[:, ~held] == NONE).all())
 
 
 def _varies(codes: torch.Tensor) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.executors import Answer
+from .dead import is_live, takes_output
+from .given import Given
 from .layers import Layer, matches
 from .layout import SiteLayout
 from .masks import KeyValidity
@@ -20,12 +22,13 @@ from .token_map import TokenMap
 class Policy:
     """What the user and the sidecar decide.
 
-    grid, dense_layers: the options of these names. min_tokens: video tokens below which a site
-    stays dense. verify: can the executor run (device type, dtype, head_dim)? plan: a refusal if
-    there is no plan for (layer, heads, head_dim, heads proven).
+    given: the grids the user names, by option or `attach`. dense_layers: the option of this name.
+    min_tokens: video tokens below which a site stays dense. verify: can the executor run (device
+    type, dtype, head_dim)? plan: a refusal if there is no plan for (layer, heads, head_dim, heads
+    proven).
     """
 
-    grid: tuple[int, int, int] | None
+    given: Given | None
     dense_layers: tuple[str | int, ...]
     min_tokens: Callable[[str], int]
     verify: Callable[[str, torch.dtype, int, int], Answer]
@@ -57,13 +60,24 @@ def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) 
     """Is it self-attention at all?"""
     if site.oddity is not None:
         return Refusal(Reason.PLAIN_SOFTMAX, site.oddity)
-    if tokens is None or not tokens.content:
-        names = ", ".join(sorted(unknown)[:5])
+    if site.structure is not None and (
+        tokens is None or not tokens.content or not tokens.paired or not tokens.asked
+    ):
+        return Refusal(Reason.BLOCK_MASK, site.structure)
+    names = ", ".join(sorted(unknown)[:5])
+    if tokens is not None and tokens.apart and (tokens.tokens == 1 or not names):
+        return Refusal(Reason.CROSS_ATTENTION)
+    if tokens is None or not tokens.content or not (tokens.asked or not names):
         return Refusal(Reason.NO_PROVENANCE, f"not followed: {names}" if names else "")
+    if not tokens.paired:
+        broken = "k and v enter apart: the graph breaks between projections and attention"
+        return Refusal(Reason.NO_PROVENANCE, f"not followed: {names}" if names else broken)
     if not tokens.same:
         return Refusal(Reason.CROSS_ATTENTION)
     if tokens.by_head:
         return Refusal(Reason.HEAD_SPLIT_UNPROVEN, "tokens differ from head to head")
+    if tokens.by_batch:
+        return Refusal(Reason.TOKEN_ORDER, "another order in every batch element")
     return None
 
 
@@ -86,6 +100,8 @@ def judge_call(
         return Refusal(Reason.CAUSAL)
     if site.dropout > 0.0:
         return Refusal(Reason.DROPOUT, f"p = {site.dropout}")
+    if site.structure is not None:
+        return Refusal(Reason.BLOCK_MASK, site.structure)
     if isinstance(mask, str):
         return Refusal(Reason.MASK_NOT_A_KEY_LENGTH, mask)
     if site.output_first and _other_outputs_used(site):
@@ -110,6 +126,4 @@ def judge_layer(layer: Layer, index: int, dims: Dimensions, policy: Policy) -> R
 
 
 def _other_outputs_used(site: Site) -> bool:
-    return any(
-        not (user.op == "call_function" and user.args[1:] == (0,)) for user in site.node.users
-    )
+    return any(is_live(user) for user in site.node.users if not takes_output(user))

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from veda_compile.kernels.call import AttentionCall
-from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.triton import attend, choose, pool
 from veda_compile.kernels.triton.configs import HEAD_DIMS, TILE_SIZES
@@ -45,6 +45,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 _SHAPES = {64: ((4, 4, 4), (1, 8, 8)), 128: ((4, 4, 8), (1, 8, 16))}
 
@@ -110,13 +111,24 @@ def _calls() -> Iterator[AttentionCall]:
     projection = torch.empty(2, 16, 384, 128, device="meta")
     trained = Plan((cube,) * 16, (0.1,) * 16, "projection", projection)
     yield _call(layout, trained, 128, torch.bfloat16)
+    # reading a meta tensor raises: that the host does not wait for the flag shows here too
+    flag = torch.empty((), dtype=torch.bool, device="meta")
+    cached = Layout.of(Context(1024), *layout.segments)
+    yield _call(cached, Plan.uniform(16, cube, 0.1), 128, torch.bfloat16, flag)
 
 
-def _call(layout: Layout, plan: Plan, head_dim: int, dtype: torch.dtype) -> AttentionCall:
-    q, k, v = torch.empty(
-        3, 1, layout.length, plan.heads, head_dim, dtype=dtype, device="meta"
-    ).transpose(2, 3)
-    return AttentionCall(q, k, v, layout, plan, head_dim**-0.5)
+def _call(
+    layout: Layout,
+    plan: Plan,
+    head_dim: int,
+    dtype: torch.dtype,
+    keep_all: torch.Tensor | None = None,
+) -> AttentionCall:
+    q, k, v = (
+        torch.empty(1, tokens, plan.heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        for tokens in (layout.query_length, layout.length, layout.length)
+    )
+    return AttentionCall(q, k, v, layout, plan, head_dim**-0.5, None, keep_all)
 
 
 def _job(kernel: str, given: dict[str, Any], capability: int) -> Job:

@@ -1,7 +1,7 @@
 """A deliberately naive tile-sparse attention in float64, independent of the project's own.
 
 It knows nothing of tile tables or lists: a token's tile is told by its coordinates, and everything
-is a loop over tokens or tiles.
+is a loop over tokens or tiles. Tokens are numbered as keys; `queries_of` tells which have queries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 
 from veda_compile.kernels.call import AttentionCall
-from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.layout import Context, Layout, Video
 from veda_compile.kernels.plan import TileShape
 
 Box = tuple[int, int, int, int]
@@ -21,7 +21,7 @@ Box = tuple[int, int, int, int]
 
 
 def boxes_of_tokens(layout: Layout, shape: TileShape) -> list[Box | None]:
-    """The tile of every token, None for extra tokens."""
+    """The tile of every key, None for extra and context tokens."""
     found: list[Box | None] = []
     for number, segment in enumerate(layout.segments):
         if isinstance(segment, Video):
@@ -32,29 +32,38 @@ def boxes_of_tokens(layout: Layout, shape: TileShape) -> list[Box | None]:
     return found
 
 
+def queries_of(layout: Layout) -> list[int]:
+    """The key number of every query, in order."""
+    has_query = [not isinstance(s, Context) for s in layout.segments for _ in range(s.length)]
+    return [token for token, has in enumerate(has_query) if has]
+
+
 def naive_attention(
     call: AttentionCall,
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[dict[Box, list[Box]]]]]:
     """(out, lse, kept): kept[b][h] maps every query tile to the key tiles it keeps."""
-    batch, heads, tokens, head_dim = call.q.shape
-    out = torch.zeros(batch, heads, tokens, head_dim, dtype=torch.float64)
-    lse = torch.full((batch, heads, tokens), -math.inf, dtype=torch.float64)
+    batch, heads, rows, head_dim = call.q.shape
+    tokens, queries = call.k.shape[2], queries_of(call.layout)
+    assert len(queries) == rows
+    out = torch.zeros(batch, heads, rows, head_dim, dtype=torch.float64)
+    lse = torch.full((batch, heads, rows), -math.inf, dtype=torch.float64)
     kept: list[list[dict[Box, list[Box]]]] = []
     for b in range(batch):
         kept.append([])
         for h in range(heads):
-            q, kv = call.q[b, h].double(), h // (heads // call.k.shape[1])
+            kv = h // (heads // call.k.shape[1])
+            q = dict(zip(queries, call.q[b, h].double(), strict=True))
             k, v = call.k[b, kv].double(), call.v[b, kv].double()
             valid = [call.key_valid is None or bool(call.key_valid[b, n]) for n in range(tokens)]
             lists = naive_selection(call, h, q, k, valid)
             kept[b].append(lists)
             box_of = boxes_of_tokens(call.layout, call.plan.tile_shapes[h])
-            for n in range(tokens):
+            for row, n in enumerate(queries):
                 keys = [m for m in range(tokens) if valid[m] and _attends(box_of, lists, n, m)]
                 if keys:
                     logits = call.scale * (k[keys] @ q[n])
-                    lse[b, h, n] = torch.logsumexp(logits, 0)
-                    out[b, h, n] = torch.softmax(logits, 0) @ v[keys]
+                    lse[b, h, row] = torch.logsumexp(logits, 0)
+                    out[b, h, row] = torch.softmax(logits, 0) @ v[keys]
     return out, lse, kept
 
 
@@ -64,9 +73,14 @@ def _attends(box_of: list[Box | None], lists: dict[Box, list[Box]], query: int, 
 
 
 def naive_selection(
-    call: AttentionCall, head: int, q: torch.Tensor, k: torch.Tensor, valid: list[bool]
+    call: AttentionCall,
+    head: int,
+    q: dict[int, torch.Tensor],
+    k: torch.Tensor,
+    valid: list[bool],
 ) -> dict[Box, list[Box]]:
     """The key tiles every query tile keeps, by the closed form or the mean score."""
+    keep_all = call.keep_all is not None and bool(call.keep_all)
     plan, shape = call.plan, call.plan.tile_shapes[head]
     members: dict[Box, list[int]] = {}
     for token, box in enumerate(boxes_of_tokens(call.layout, shape)):
@@ -78,6 +92,7 @@ def naive_selection(
         q_boxes = sorted(box for box in members if box[0] == segment)
         for place, q_box in enumerate(q_boxes):
             lists[q_box] = []
+            q_rows = torch.stack([q[token] for token in members[q_box]])
             for k_segment in sorted({box[0] for box in members}):
                 k_boxes = sorted(box for box in members if box[0] == k_segment)
                 budget = _budget(
@@ -88,13 +103,13 @@ def naive_selection(
                     place,
                     len(q_boxes),
                 )
-                if plan.density[head] == 1.0:
+                if keep_all or plan.density[head] == 1.0:
                     budget = len(k_boxes)
                 ranked = sorted(
                     (box for box in k_boxes if keys[box]),
                     key=lambda box: (
                         box != q_box,
-                        -naive_score(plan.score, q[members[q_box]], k[keys[box]], call.scale),
+                        -naive_score(plan.score, q_rows, k[keys[box]], call.scale),
                         box,
                     ),
                 )

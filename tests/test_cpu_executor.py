@@ -20,14 +20,14 @@ from veda_compile.kernels.cpu_gather import gather_attend
 from veda_compile.kernels.cpu_native import native_attend
 from veda_compile.kernels.cpu_select import native_select, native_statistics
 from veda_compile.kernels.executors import Traits, choose_executor
-from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import kept_map, select_tiles
 from veda_compile.kernels.statistics import tile_statistics
 from veda_compile.kernels.tiles import tile_table
 
-LAYOUT = Layout.of(Extra(5), Video(3, 5, 7), Extra(3), Video(2, 6, 6), Extra(9))
+LAYOUT = Layout.of(Extra(5), Video(3, 5, 7), Context(3), Video(2, 6, 6), Extra(9), Context(2))
 PLAN = Plan(((1, 4, 4), (2, 2, 4), (4, 2, 2), (16, 1, 1)), (0.2, 0.35, 1.0, 0.1))
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 PATHS = pytest.mark.parametrize("attend", [native_attend, gather_attend], ids=["native", "gather"])
@@ -59,7 +59,7 @@ def a_call(
 ) -> AttentionCall:
     """Four query heads on two KV heads. padded: NaN in the keys that are not valid."""
     n = layout.length
-    q = rows(plan.heads, head_dim, dtype, n, 0, strides)
+    q = rows(plan.heads, head_dim, dtype, layout.query_length, 0, strides)
     k, v = (rows(plan.heads // 2, head_dim, dtype, n, seed, strides) for seed in (1, 2))
     valid = None
     if padded:
@@ -183,7 +183,7 @@ def test_nan_in_a_valid_key_shows_wherever_it_is_attended_to(dtype, name):
     out, _ = native_attend(call, selection)
     table = tile_table(call.layout, call.plan.tile_shapes[0], call.q.device)
     keeps = kept_map(selection, [0], table.tiles)[0, 0, :, table.tile_of_token[token]]
-    tile = table.tile_of_token.long()
+    tile = table.tile_of_query.long()
     attends = (tile < 0) | keeps[tile.clamp(min=0)]
     assert attends.any() and not attends.all()
     assert torch.equal(out[0, 0].isnan(), attends[:, None].expand_as(out[0, 0]))
@@ -221,8 +221,8 @@ def test_equal_scores_go_to_the_lower_tile_number():
 def test_statistics(dtype, strides):
     call = a_call(dtype, strides=strides, padded=True)
     table = tile_table(call.layout, (2, 2, 4), call.q.device)
-    found = native_statistics(call.k, [1, 0], table, call.key_valid, extremes=True)
-    right = tile_statistics(call.k[:, [1, 0]], table, call.key_valid, extremes=True)
+    found = native_statistics(call.k, [1, 0], table.rows, call.key_valid, extremes=True)
+    right = tile_statistics(call.k[:, [1, 0]], table.rows, call.key_valid, extremes=True)
     for name in ("count", "mean", "second", "variance", "highest", "lowest"):
         torch.testing.assert_close(getattr(found, name), getattr(right, name), msg=name)
 

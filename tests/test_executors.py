@@ -25,7 +25,7 @@ from veda_compile.kernels.executors import (
     execute,
     get_executor,
 )
-from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan, count_tiles, factorisations, least_padding_shape
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import kept_map, select_tiles
@@ -40,7 +40,10 @@ GUARD = 1024
 
 @dataclass(frozen=True)
 class Bounds:
-    """How large random calls get, and which traits they may have. tiles: of one head."""
+    """How large random calls get, and which traits they may have. tiles: of one head.
+
+    extra: tokens of an extra or a context segment.
+    """
 
     sides: tuple[int, int, int]
     segments: int
@@ -70,10 +73,10 @@ def bounds_of(executor: Executor) -> Bounds:
 
 @st.composite
 def calls(draw: st.DrawFn, bounds: Bounds) -> AttentionCall:
-    """Random calls: layouts, plans, GQA, padding, strides. What pads holds NaN."""
+    """Random calls: layouts, plans, GQA, padding, strides, flags. What pads holds NaN."""
     videos = st.builds(Video, *[st.integers(1, side) for side in bounds.sides])
-    extras = st.builds(Extra, st.integers(1, bounds.extra))
-    segments = draw(st.lists(videos | extras, min_size=0, max_size=bounds.segments - 1))
+    extras, contexts = (st.builds(kind, st.integers(1, bounds.extra)) for kind in (Extra, Context))
+    segments = draw(st.lists(videos | extras | contexts, min_size=0, max_size=bounds.segments - 1))
     segments.insert(draw(st.integers(0, len(segments))), draw(videos))
     layout = Layout(tuple(segments))
     traits = draw(st.sampled_from(bounds.traits))
@@ -91,8 +94,12 @@ def calls(draw: st.DrawFn, bounds: Bounds) -> AttentionCall:
     score = draw(st.sampled_from(["closed_form", "mean"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     q, k, v = (
-        draw(stored(batch, h, layout.length, traits.head_dim, traits.dtype, generator))
-        for h in (heads, kv_heads, kv_heads)
+        draw(stored(batch, h, tokens, traits.head_dim, traits.dtype, generator))
+        for h, tokens in (
+            (heads, layout.query_length),
+            (kv_heads, layout.length),
+            (kv_heads, layout.length),
+        )
     )
     scale = draw(st.sampled_from([1 / math.sqrt(traits.head_dim), 0.4, 0.0]))
     valid = validity(draw, layout, batch, generator)
@@ -100,7 +107,8 @@ def calls(draw: st.DrawFn, bounds: Bounds) -> AttentionCall:
         for x in (k, v):
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
     plan = Plan(tuple(shapes), tuple(density), score)
-    return AttentionCall(q, k, v, layout, plan, scale, valid)
+    keep_all = draw(st.sampled_from([None, None, torch.tensor(False), torch.tensor(True)]))
+    return AttentionCall(q, k, v, layout, plan, scale, valid, keep_all)
 
 
 @st.composite

@@ -228,3 +228,55 @@ def test_a_model_loaded_in_bfloat16_is_the_same_model(tmp_path: Path) -> None:
     call = compiled(model, "regional", path)
     assert distance(run(call, wan_inputs(GRID)), wanted) <= EXACT
     assert sparse_sites()[0]["layers"] == names(2)
+
+
+def _as_trained(_: Any) -> None:
+    """Nothing happens to the model."""
+
+
+def _with_data_swapped(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _with_new_parameters(model: Any) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fresh_one = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            setattr(module, name, fresh_one)
+
+
+@pytest.mark.parametrize("change", [_as_trained, _with_data_swapped, _with_new_parameters])
+@pytest.mark.parametrize("how", ["whole", "regional"])
+def test_a_shuffled_sidecar_shows_in_the_result(tmp_path: Path, how: str, change: Any) -> None:
+    """What the other tests compare with would not be met by plans in other layers."""
+    plans = distinct_plans(3)
+    shuffled = [plans[2], plans[0], plans[1]]
+    model = wan(layers=3)
+    wanted = by_hand(model, plans)
+    for given, right in ((plans, True), (shuffled, False)):
+        torch.compiler.reset()
+        path = tmp_path / f"{right}.veda.safetensors"
+        call = compiled(model, how, save_sidecar(path, model, names(3), given, [GRID]))
+        run(call, wan_inputs(GRID))
+        change(model)
+        found = distance(run(call, wan_inputs(GRID)), wanted)
+        assert found <= EXACT if right else found > 100 * EXACT
+
+
+@pytest.mark.parametrize("how", ["whole", "regional"])
+def test_two_models_of_one_class_with_shuffled_sidecars(tmp_path: Path, how: str) -> None:
+    plans = distinct_plans(3)
+    shuffled = [plans[1], plans[2], plans[0]]
+    for right in (True, False):
+        torch.compiler.reset()
+        calls, wanted = [], []
+        for seed in (0, 1):
+            model = wan(layers=3, seed=seed)
+            path = tmp_path / f"{right} {seed}.veda.safetensors"
+            given = plans if right else shuffled
+            wanted.append(by_hand(model, plans))
+            calls.append(compiled(model, how, save_sidecar(path, model, names(3), given, [GRID])))
+        for place in (0, 1, 0):
+            found = distance(run(calls[place], wan_inputs(GRID)), wanted[place])
+            assert found <= EXACT if right else found > 100 * EXACT

@@ -1,4 +1,4 @@
-"""Every model of the zoo, traced once: the right calls are rewritten, and computed rightly."""
+"""Common models, traced once: the right calls are rewritten, and computed rightly."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from compiling import GRID, SETTINGS, Ran, traced
 
-from benchmarks.zoo import ENTRIES, entry
+from benchmarks.zoo import FIRST, entry
 from veda_compile.kernels.layout import Layout, Video
 from veda_compile.kernels.selection import kept_map, select_tiles
 from veda_compile.kernels.tiles import tile_table
 
-NAMES = [known.name for known in ENTRIES if known.name != "hunyuan"]  # it is run in bfloat16
+NAMES = [known.name for known in FIRST if known.name != "hunyuan"]  # it is run in bfloat16
 
 
 @pytest.fixture(params=NAMES)

@@ -34,12 +34,12 @@ def padding(batch=2, tokens=72):
 
 
 def op_args(q, k, v, key_valid=None, layout=None, grids=None, plan=PLAN, scale=None,
-            executor="reference"):  # fmt: skip
+            executor="reference", keep_all=None):  # fmt: skip
     return (
         q, k, v, key_valid, LAYOUT.encode() if layout is None else layout, grids,
         torch.tensor(plan.tile_shapes, dtype=torch.int32),
         torch.tensor(plan.density, dtype=torch.float64),
-        plan.projection, plan.score, scale, executor,
+        plan.projection, plan.score, scale, executor, keep_all,
     )  # fmt: skip
 
 
@@ -56,8 +56,11 @@ def projected_plan():
         op_args(*qkv(), layout=[0, -1, 1, 1, 1, 0, 0, 0, 0, 5, 1, 1],
                 grids=torch.tensor([[2, 4, 8]])),
         op_args(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())),
+        op_args(*qkv(tokens=64)[:1], *qkv()[1:], layout=[2, 3, 1, 1, 1, 2, 4, 8, 2, -1, 1, 1]),
+        op_args(*qkv(), executor="cpu", keep_all=torch.tensor(True)),
     ],
-    ids=["plain", "gqa-bf16-cpu", "padded-projection", "grids", "token-major"],
+    ids=["plain", "gqa-bf16-cpu", "padded-projection", "grids", "token-major", "context",
+         "keep-all"],
 )  # fmt: skip
 def test_opcheck(args):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor",
@@ -207,7 +210,7 @@ def changed(place, value):
     [
         (changed(0, normal(2, 72, 16)), PlanError, r"must be \(B, H, N, D\)"),
         (changed(1, normal(2, 3, 72, 16)), PlanError, "do not go with"),
-        (changed(1, normal(2, 2, 71, 16)), PlanError, "do not go with"),
+        (changed(1, normal(2, 2, 73, 16)), PlanError, "do not go with"),
         (changed(2, normal(2, 2, 72, 16, dtype=torch.bfloat16)), PlanError, "must be one dtype"),
         (op_args(*(x.double() for x in qkv())), PlanError, "float64: must be float32"),
         (op_args(*(x[:, :0] for x in qkv())), PlanError, "no side may be 0"),

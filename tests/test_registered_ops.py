@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,46 @@ def _(query, key, value, factor):  # type: ignore[no-untyped-def]
     return torch.empty_like(query)
 
 
+@torch.library.custom_op("flash_attn_3::_flash_attn_forward", mutates_args=())
+def flash3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    num_splits: int = 1,
+) -> tuple[Tensor, Tensor]:
+    return _attend(q, k, v, softmax_scale)
+
+
+@flash3.register_fake
+def _(q, *_, **__):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+
+
+@torch.library.custom_op("_flash_attn2_cu128_588b404::_flash_attn_forward", mutates_args=())
+def hub(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _attend(query, key, value, None)[0]
+
+
+@hub.register_fake
+def _(query, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query)
+
+
+@torch.library.custom_op("sageattention::qk_int8_sv_f16_accum_f16_attn", mutates_args=())
+def sage(query: Tensor, key: Tensor, value: Tensor, sm_scale: float) -> Tensor:
+    return _attend(query, key, value, sm_scale)[0]
+
+
+@sage.register_fake
+def _(query, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(query)
+
+
 register_attention_op(
     AttentionOp("toyattention::fused", q="query", k="key", v="value", scale="factor", causal=None,
                 output_first=False)
@@ -141,11 +182,34 @@ def by_registered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
+def tokens_first(op: Callable[..., Any], **options: Any) -> Op:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = op(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return attend
+
+
+def by_aten_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=0.3)[0]
+
+
 @pytest.mark.parametrize(
     "attend",
-    [by_flash(), by_flash_keywords, by_varlen([0, TOKENS], TOKENS), by_registered],
-    ids=["positional", "keywords", "varlen", "registered"],
-)
+    [
+        by_flash(),
+        by_flash_keywords,
+        by_varlen([0, TOKENS], TOKENS),
+        by_registered,
+        tokens_first(flash3, num_splits=2),
+        tokens_first(torch.ops.flash_attn_3._flash_attn_forward, softmax_scale=0.3),
+        tokens_first(hub),
+        by_aten_flash,
+    ],
+    ids=[
+        "positional", "keywords", "varlen", "registered", "default scale", "scale", "hub", "aten"
+    ],
+)  # fmt: skip
 def test_known_ops_are_rewritten_in_every_layer(attend: Op) -> None:
     model, x = toy(attend, layers=3), latents()
     dense = model(x)
@@ -166,6 +230,8 @@ def test_known_ops_are_rewritten_in_every_layer(attend: Op) -> None:
         (by_flash_with_lse, "OUTPUT_USED", "log-sum-exp"),
         (by_varlen([0, 30, TOKENS], 42), "PLAIN_SOFTMAX", "one segment"),
         (by_varlen([0, TOKENS], TOKENS - 1), "PLAIN_SOFTMAX", "one segment"),
+        (tokens_first(flash3, rotary_interleaved=False), "PLAIN_SOFTMAX", "rotary_interleaved"),
+        (tokens_first(sage, sm_scale=0.3), "PLAIN_SOFTMAX", "8 bits"),
     ],
 )
 def test_calls_that_do_more_are_left(attend: Op, reason: str, words: str) -> None:
@@ -174,6 +240,17 @@ def test_calls_that_do_more_are_left(attend: Op, reason: str, words: str) -> Non
     assert [site.reason for site in sites] == [reason] * 2
     assert all(words in str(site.explanation) for site in sites)
     assert torch.equal(out, model(x))
+
+
+def test_arguments_that_are_not_known_hold_their_defaults() -> None:
+    def with_more_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash3(q, k, v, k_new=k)[0].transpose(1, 2)
+
+    model, x = toy(with_more_keys), latents()
+    _, sites = run(model, x)
+    assert [site.reason for site in sites] == ["PLAIN_SOFTMAX"] * 2
+    assert "k_new" in str(sites[0].explanation)
 
 
 def test_a_name_is_registered_once() -> None:

@@ -51,8 +51,8 @@ def test_scores_are_the_formula(score, masked):
     q, k = normal(2, 2, 63, 6), normal(2, 2, 63, 6, seed=1) + 0.5
     valid = torch.rand(2, 63, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
     table, scale = tile_table(layout, (2, 3, 2), CPU), 0.7
-    q_stats = tile_statistics(q, table, None, False)
-    k_stats = tile_statistics(k, table, valid, False)
+    q_stats = tile_statistics(q, table.rows, None, False)
+    k_stats = tile_statistics(k, table.rows, valid, False)
     found = tile_scores(
         query_features(q_stats, plan, [0, 1], scale),
         key_features(k_stats, plan, [0, 1]),
@@ -79,7 +79,7 @@ def test_projection_score_is_a_residual_around_the_mean():
     plan = Plan(((1, 1, 4),), (0.5,), "projection", projection)
     q, k = normal(1, 1, 8, 3), normal(1, 1, 8, 3, seed=1)
     table = tile_table(layout, (1, 1, 4), CPU)
-    q_stats, k_stats = (tile_statistics(x, table, None, True) for x in (q, k))
+    q_stats, k_stats = (tile_statistics(x, table.rows, None, True) for x in (q, k))
     found = tile_scores(
         query_features(q_stats, plan, [0], 0.5), key_features(k_stats, plan, [0]),
         k_stats.count, plan,
@@ -99,7 +99,7 @@ def test_projection_score_is_a_residual_around_the_mean():
 def test_variance_keeps_its_digits_on_a_large_mean():
     table = tile_table(Layout.of(Video(1, 1, 64)), ROW, CPU)
     x = 1000 + 0.1 * normal(1, 1, 64, 4)
-    found = tile_statistics(x, table, None, False).variance[0, 0, 0]
+    found = tile_statistics(x, table.rows, None, False).variance[0, 0, 0]
     right = x[0, 0].double().var(0, correction=0)
     torch.testing.assert_close(found.double(), right, rtol=1e-3, atol=0)
 
@@ -109,7 +109,7 @@ def test_nan_outside_the_counted_rows_does_not_reach_statistics():
     x = normal(1, 1, 7, 2)
     valid = torch.tensor([[False, True, True, False, True, False, False]])
     x[:, :, ~valid[0]] = torch.nan
-    stats = tile_statistics(x, table, valid, True)
+    stats = tile_statistics(x, table.rows, valid, True)
     assert stats.count.flatten().tolist() == [3, 0]
     for name in ("mean", "second", "variance", "highest", "lowest"):
         values = getattr(stats, name)

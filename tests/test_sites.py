@@ -48,7 +48,7 @@ def test_sdpa_in_all_call_forms(fn: Callable[..., Any]) -> None:
     site = only(fn)
     assert [operand.node.name for operand in (site.q, site.k, site.v)] == ["l_q_", "l_k_", "l_v_"]
     assert {site.q.axes, site.k.axes, site.v.axes, site.out_axes} == {"bhnd"}
-    assert (site.mask, site.dropout, site.causal, site.scale) == (None, 0.0, False, None)
+    assert (site.masks, site.dropout, site.causal, site.scale) == ((), 0.0, False, None)
     assert site.oddity is None and not site.calls
 
 
@@ -62,7 +62,7 @@ def test_sdpa_arguments_are_read_by_position_and_by_name() -> None:
     )
     by_place = only(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, 0.25), mask)
     for site in (by_name, by_place):
-        assert site.mask is not None and site.mask.name == "l_m_"
+        assert [mask.node.name for mask in site.masks] == ["l_m_"]
         assert site.dropout == 0.25
     assert by_name.scale == 0.5
     assert by_place.scale is None
@@ -125,16 +125,106 @@ def test_dropout_on_the_weights_is_read() -> None:
     assert (dropped.dropout, kept.dropout) == (0.5, 0.0)
 
 
+def test_masks_on_the_logits_are_read() -> None:
+    def added(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.softmax((q @ k.mT + m) / 2.0, -1) @ v
+
+    def filled(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(m, -1e9).softmax(-1) @ v
+
+    def chosen(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.where(m, q @ k.mT, -torch.inf).softmax(-1) @ v
+
+    def in_the_product(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.softmax(torch.baddbmm(m, q[0], k[0].mT), -1) @ v[0]
+
+    sides = ("b", "h", "q", "k")
+    boolean = torch.ones(20, 20, dtype=torch.bool)
+    (mask,) = only(added, torch.randn(20, 20)).masks
+    assert (mask.node.name, mask.roles, mask.hides, mask.factor) == ("l_m_", sides, None, 0.5)
+    (mask,) = only(filled, boolean).masks
+    assert (mask.node.name, mask.hides, mask.shown_where) == ("l_m_", -1e9, False)
+    (mask,) = only(chosen, boolean).masks
+    assert (mask.node.name, mask.hides, mask.shown_where) == ("l_m_", -torch.inf, True)
+    (mask,) = only(in_the_product, torch.randn(20, 20)).masks
+    assert (mask.node.name, mask.roles) == ("l_m_", ("b", "q", "k"))
+
+
 @pytest.mark.parametrize(
     "fn",
     [
-        lambda q, k, v, m: torch.softmax(q @ k.mT + m, -1) @ v,
-        lambda q, k, v, m: (q @ k.mT).masked_fill(m > 0, -1e9).softmax(-1) @ v,
-        lambda q, k, v, m: torch.where(m > 0, q @ k.mT, -1e9).softmax(-1) @ v,
+        lambda q, k, v: torch.nn.Softmax(dim=-1)(q @ k.mT) @ v,
+        lambda q, k, v: F.softmax(q @ k.mT, dim=3) @ v,
+        lambda q, k, v: torch.einsum(
+            "...ij,...jd->...id", torch.softmax(torch.einsum("...id,...jd->...ij", q, k), -1), v
+        ),
+        lambda q, k, v: torch.bmm(
+            torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT), -1), v.flatten(0, 1)
+        ),
+        lambda q, k, v: torch.bmm(
+            torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT)
+            .view(2, 3, 20, 20)
+            .softmax(-1)
+            .view(6, 20, 20),
+            v.flatten(0, 1),
+        ),
+        lambda q, k, v: (v.mT @ torch.softmax(k @ q.mT, -2)).mT,
+        lambda q, k, v: torch.einsum(
+            "bhji,bhjd->bhid", torch.softmax(torch.einsum("bhjd,bhid->bhji", k, q), 2), v
+        ),
+        lambda q, k, v: torch.softmax(
+            torch.baddbmm(torch.zeros(2, 20, 20), q[:, 0], k[:, 0].mT), -1) @ v[:, 0],
+    ],
+)  # fmt: skip
+def test_other_spellings_of_products_and_softmax(fn: Callable[..., Any]) -> None:
+    site = only(fn)
+    assert site.oddity is None
+    assert site.q.node.all_input_nodes or site.q.node.name == "l_q_"
+
+
+def stable(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT * SCALE
+    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+    return (exponentials / exponentials.sum(-1, keepdim=True)) @ v
+
+
+def stable_divided_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT * SCALE
+    exponentials = torch.exp(logits - logits.max(dim=-1, keepdim=True).values)
+    return (exponentials @ v) / torch.sum(exponentials, dim=-1, keepdim=True)
+
+
+def stable_over_other_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = q @ k.mT
+    return torch.softmax(logits - logits.amax(-2, keepdim=True), -1) @ v
+
+
+def normalised_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    exponentials = (q @ k.mT).exp()
+    return (exponentials / exponentials.sum(-2, keepdim=True)) @ v
+
+
+def test_softmax_as_exponentials_over_their_sum() -> None:
+    for fn in (stable, stable_divided_last):
+        site = only(fn)
+        assert (site.oddity, site.scale) == (None, pytest.approx(SCALE)), fn
+    for fn in (stable_over_other_rows, normalised_over_queries):
+        assert not sites_of(fn), fn
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (lambda q, k, v: torch.softmax((q @ k.mT).clamp(-5, 5), -1) @ v, "clamp"),
+        (lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT), -1) @ v, "tanh"),
+        (lambda q, k, v: torch.softmax(q @ k.mT * v.mean(), -1) @ v, "scaled by a tensor"),
+        (lambda q, k, v: torch.softmax(q @ k.mT - v.mean(), -1) @ v, "subtracted"),
+        (lambda q, k, v: torch.softmax(q @ k.mT, -1).relu() @ v, "weights pass through relu"),
+        (lambda q, k, v: (torch.softmax(q @ k.mT, -1) * 2.0) @ v, "weights pass through mul"),
     ],
 )
-def test_a_mask_on_the_logits_is_more_than_plain_softmax(fn: Callable[..., Any]) -> None:
-    assert only(fn, torch.randn(20, 20)).oddity is not None
+def test_what_else_happens_to_logits_and_weights_is_named(fn: Any, words: str) -> None:
+    assert words in str(only(fn).oddity)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +240,8 @@ def test_a_mask_on_the_logits_is_more_than_plain_softmax(fn: Callable[..., Any])
         lambda q, k, v: (torch.softmax(q @ k.mT, -1) * 2.0) @ v,
         lambda q, k, v: torch.einsum("bhij,bhid->bhjd", torch.softmax(q @ k.mT, -1), v),
         lambda q, k, v: torch.softmax(torch.div(q @ k.mT, 2, rounding_mode="floor"), -1) @ v,
-        lambda q, k, v: torch.softmax(torch.add(q @ k.mT, k @ q.mT), -1) @ v,
         lambda q, k, v: torch.softmax(
-            torch.baddbmm(v[0] @ k[0].mT, q[0], k[0].mT), -1) @ v[0],  # beta = 1 adds a bias
+            torch.baddbmm(v[0] @ k[0].mT, q[0], k[0].mT, beta=2), -1) @ v[0],
         lambda q, k, v: v @ torch.softmax(v.mT @ k, -1),  # weights on the right
     ],
 )  # fmt: skip

@@ -47,6 +47,11 @@ def test_every_kernel_and_shape_was_compiled(compiled):
         assert shapes == wanted | {("fp16", 128, 128)}
 
 
+def test_selection_is_compiled_with_and_without_the_flag(compiled):
+    flags = {item["constants"]["FLAGGED"] for item in compiled if item["kernel"] == "choose"}
+    assert flags == {True, False}
+
+
 def test_no_register_spills(compiled):
     assert [item for item in compiled if item["stack"] > 0] == []
 

@@ -15,7 +15,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from veda_compile.kernels.call import AttentionCall, Selection  # noqa: E402
 from veda_compile.kernels.executors import Traits  # noqa: E402
-from veda_compile.kernels.layout import Extra, Layout, Video  # noqa: E402
+from veda_compile.kernels.layout import Context, Extra, Layout, Video  # noqa: E402
 from veda_compile.kernels.op import sparse_attention_v1  # noqa: E402
 from veda_compile.kernels.plan import Plan  # noqa: E402
 from veda_compile.kernels.reference import ReferenceExecutor  # noqa: E402
@@ -93,7 +93,7 @@ def make_call(
     seed=0,
 ):
     torch.manual_seed(seed)
-    q = in_nan(batch, plan.heads, layout.length, head_dim, dtype=dtype)
+    q = in_nan(batch, plan.heads, layout.query_length, head_dim, dtype=dtype)
     k, v = (in_nan(batch, kv_heads, layout.length, head_dim, dtype=dtype) for _ in range(2))
     if key_valid is not None:
         hidden = ~key_valid[:, None, :, None]
@@ -144,7 +144,9 @@ def test_attend_as_launched_on_hopper(monkeypatch, head_dim):
     check_attend(call, REFERENCE.select(call))
 
 
-MIXED_LAYOUT = Layout.of(Extra(3), Video(3, 4, 9), Extra(70), Video(2, 5, 8), Extra(1))
+MIXED_LAYOUT = Layout.of(
+    Context(2), Extra(3), Video(3, 4, 9), Extra(70), Video(2, 5, 8), Context(66), Extra(1)
+)
 MIXED_PLAN = Plan(((2, 4, 8), (1, 8, 8), (2, 4, 8), (4, 4, 4)), (0.3, 0.5, 1.0, 0.2))
 
 

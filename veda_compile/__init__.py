@@ -7,6 +7,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     # An uninstalled checkout: passes/ and kernels/ stand beside this folder, not inside it.
     __path__.append(str(_root))
 
+from .attach import Attachment, attach  # noqa: E402
 from .errors import (  # noqa: E402
     ExecutorError,
     LayoutError,
@@ -17,7 +18,7 @@ from .errors import (  # noqa: E402
     VedaError,
 )
 from .functional import sparse_attention  # noqa: E402
-from .kernels.layout import Extra, Layout, Video  # noqa: E402
+from .kernels.layout import Context, Extra, Layout, Video  # noqa: E402
 from .kernels.plan import Plan  # noqa: E402
 from .report import Report, report, reset_report  # noqa: E402
 from .sidecar import Sidecar  # noqa: E402
@@ -25,6 +26,8 @@ from .sidecar import Sidecar  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
+    "Context",
     "ExecutorError",
     "Extra",
     "Layout",
@@ -38,6 +41,7 @@ __all__ = [
     "StrictError",
     "VedaError",
     "Video",
+    "attach",
     "report",
     "reset_report",
     "sparse_attention",

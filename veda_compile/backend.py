@@ -11,20 +11,26 @@ import torch
 from torch import fx
 
 from .binding import Binder, Bound, LayerMark
+from .dense_steps import REMEDY, StepInput, add_dense_steps
 from .errors import StrictError
-from .grids import FixedGrids, Grids, GridTeller, PositionGrids, SymbolicGrids
+from .grids import FixedGrids, GivenGrids, GridTeller, PositionGrids, SymbolicGrids
 from .inner import Compiled, compile_inner, fake_input
 from .kernels.budget import kept_density
 from .kernels.executors import executor_name
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan
+from .known_inputs import KnownInput
 from .options import Options
 from .passes.analyse import Finding, analyse
 from .passes.layers import matches
-from .passes.reasons import HARMLESS, Reason
+from .passes.positions import Evidence
+from .passes.reasons import Reason
 from .passes.rewrite import PlanInputs, Rewriter, own_copy
 from .planner import Planner
 from .report import STORE, GraphRecord, SiteRecord
+from .report_log import log_graph
+from .told import Grids
+from .watching import watch_graph
 
 logger = logging.getLogger(__name__)
 _unnamed = count()
@@ -47,20 +53,40 @@ def veda(
     planner = Planner(chosen)
     owned = own_copy(gm)
     findings = analyse(owned, example_inputs, planner.policy())
-    record = GraphRecord(_compile_id(gm), [_site_record(f, planner, chosen) for f in findings])
+    record = graph_record(gm, findings, planner, chosen)
+    watched, observe = watch_graph(gm, example_inputs, findings, record, chosen.strict)
     STORE.add(record)
-    _log(record)
     _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
         _require(record)
+    compiled = _compile(owned, example_inputs, findings, record, planner, chosen)
+    log_graph(record, watched)
+    if observe is None:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        observe(args)
+        return compiled(*args)
+
+    return run
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    findings: Sequence[Finding],
+    record: GraphRecord,
+    planner: Planner,
+    options: Options,
+) -> Compiled:
     accepted = [
         (finding, site)
         for finding, site in zip(findings, record.sites, strict=True)
         if finding.refusal is None
     ]
     if not accepted:
-        return compile_inner(owned, example_inputs, chosen.inner, chosen.config_patches())
-    return _compile_rewritten(owned, example_inputs, accepted, planner, chosen)
+        return compile_inner(gm, example_inputs, options.inner, options.config_patches())
+    return _compile_rewritten(gm, example_inputs, accepted, planner, options)
 
 
 def _compile_rewritten(
@@ -79,10 +105,13 @@ def _compile_rewritten(
         assert finding.layout is not None and finding.dims is not None
         # without a sidecar all layers of one size and grid are alike and share their inputs
         key = f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
-        per_call = len(finding.layout.videos) if finding.sizes is None else 0
-        inputs = PlanInputs(key, planner.score == "projection", per_call)
+        told_per_call = finding.sizes is None or finding.sizes.grids is None
+        per_call = len(finding.layout.videos) if told_per_call else 0
+        order = finding.layout if finding.layout.order is not None else None
+        inputs = PlanInputs(key, planner.score == "projection", per_call, order)
         groups.setdefault(inputs, []).append((finding, record))
         told[inputs] = teller
+    steps = _dense_steps(gm, rewriter, accepted, example_inputs, options)
     for inputs, members in groups.items():
         for finding, _ in members:
             rewriter.rewrite(finding, inputs)
@@ -90,14 +119,18 @@ def _compile_rewritten(
         [
             _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner, options)
             for extra in rewriter.extra
-        ]
+        ],
+        _checks(gm, accepted, example_inputs),
     )
     rewritten = rewriter.finish()
+
+    def added(args: Sequence[Any]) -> list[torch.Tensor]:
+        return [*(step.value() for step in steps), *binder(args)]
+
+    nodes = [node for group in rewriter.extra for node in group.nodes]
     stand_ins = []
     for extra, value in zip(
-        (node for group in rewriter.extra for node in group.nodes),
-        binder(example_inputs),
-        strict=True,
+        [*(step.node for step in steps), *nodes], added(example_inputs), strict=True
     ):
         stand_ins.append(fake_input(value))
         extra.meta["example_value"] = stand_ins[-1]
@@ -106,23 +139,62 @@ def _compile_rewritten(
     )
 
     def run(*args: Any) -> Any:
-        return compiled(*args, *binder(args))
+        return compiled(*args, *added(args))
 
     return run
+
+
+def _dense_steps(
+    gm: fx.GraphModule,
+    rewriter: Rewriter,
+    accepted: Sequence[tuple[Finding, SiteRecord]],
+    inputs: Sequence[Any],
+    options: Options,
+) -> list[StepInput]:
+    """The input that option `dense_timesteps` adds; none, with a warning, where it cannot work."""
+    if not options.dense_timesteps:
+        return []
+    findings = [finding for finding, _ in accepted]
+    step = add_dense_steps(gm, rewriter, findings, inputs, options.dense_timesteps)
+    if not isinstance(step, str):
+        return [step]
+    for _, record in accepted:
+        record.explanation = f"option dense_timesteps has no effect here: {step}; {REMEDY}"
+    logger.warning(
+        "option dense_timesteps has no effect on %d attention calls: %s; %s",
+        len(accepted), step, REMEDY,
+    )  # fmt: skip
+    return []
+
+
+def _checks(
+    gm: fx.GraphModule, accepted: Sequence[tuple[Finding, SiteRecord]], inputs: Sequence[Any]
+) -> list[KnownInput]:
+    """Checks of the inputs on whose values the layouts rest."""
+    layouts = [finding.layout for finding, _ in accepted if finding.layout is not None]
+    reads = {node for layout in layouts for node in layout.reads}
+    return [KnownInput(gm, node, inputs) for node in reads]
 
 
 def _teller(gm: fx.GraphModule, finding: Finding, tellers: dict[object, GridTeller]) -> GridTeller:
     """The grid teller of a site; sites told alike share one."""
     layout, sizes = finding.layout, finding.sizes
-    assert layout is not None
+    assert layout is not None and sizes is not None
+    fixed: Grids = tuple(run.grid for run in layout.videos if run.grid is not None)
     key: object
-    if sizes is None:
-        assert layout.position_input is not None
-        key = (layout.position_input.node, layout.position_input.axis)
-        return tellers.setdefault(key, PositionGrids(gm, layout.position_input))
+    if sizes.grids is None:
+        position, evidence = layout.position_input, layout.evidence
+        where = position and (
+            position.node, position.axis, position.part, position.rows, position.others
+        )  # fmt: skip
+        key = (evidence, fixed, where)
+        if evidence is Evidence.VALUES:
+            assert position is not None
+            return tellers.setdefault(key, PositionGrids(gm, position))
+        option = fixed if evidence is Evidence.OPTION else None
+        return tellers.setdefault(key, GivenGrids(gm, option, len(fixed), position))
     if any(e.free_symbols for grid in sizes.expressions for e in grid):
         return tellers.setdefault(sizes.expressions, SymbolicGrids(gm, sizes.expressions))
-    fixed: Grids = tuple(run.grid for run in layout.videos if run.grid is not None)
     return tellers.setdefault(fixed, FixedGrids(fixed))
 
 
@@ -157,14 +229,15 @@ def _bound(
     def used(mark: str | None, grids: Grids, chosen: Plan) -> None:
         card = planner.card_by_fingerprint(mark, layer.name) if by_mark else named
         for _, record in members:
-            _note_use(record, card.name if card else None, grids, chosen)
+            note_use(record, card.name if card else None, grids, chosen)
 
     mark = LayerMark([place for _, place in layer.parameters]) if by_mark else None
     device = torch.device(dims.device)
-    return Bound(teller, inputs.grids > 0, mark, plan, used, device)
+    order = None if inputs.order is None else inputs.order.order
+    return Bound(teller, inputs.grids > 0, mark, plan, used, device, order)
 
 
-def _note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -> None:
+def note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -> None:
     """Keep the report true to what runs: grids, layers, shapes and densities met so far."""
     for grid in grids:
         if grid not in record.grids:
@@ -182,6 +255,17 @@ def _note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -
     record.density = sum(kept) / len(kept)
 
 
+def graph_record(
+    gm: fx.GraphModule, findings: Sequence[Finding], planner: Planner, options: Options
+) -> GraphRecord:
+    """What the report is to hold of a graph with these findings; not yet in the report."""
+    return GraphRecord(
+        _compile_id(gm),
+        [_site_record(finding, planner, options) for finding in findings],
+        findings[0].unknown if findings else (),
+    )
+
+
 def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRecord:
     refusal, layout = finding.refusal, finding.layout
     video = max(layout.videos, key=lambda run: run.length) if layout is not None else None
@@ -190,6 +274,7 @@ def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRe
         rewritten=refusal is None,
         reason=None if refusal is None else refusal.reason.name,
         explanation=None if refusal is None else str(refusal),
+        remedy=None if refusal is None else refusal.remedy,
         grid=None if video is None else video.grid,
     )
     if layout is not None:
@@ -205,32 +290,19 @@ def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRe
 
 def _require(record: GraphRecord) -> None:
     """Raise StrictError where `strict` does not accept a verdict."""
-    bad = [
-        site
-        for site in record.sites
-        if not site.rewritten and Reason[str(site.reason)] not in HARMLESS
-    ]
+    bad = [site for site in record.sites if not site.harmless]
     if bad:
-        lines = "; ".join(f"{site.layer}: {site.explanation}" for site in bad[:8])
+        lines = "; ".join(
+            f"{site.name}: {site.explanation}" + (f" ({site.remedy})" if site.remedy else "")
+            for site in bad[:8]
+        )
         raise StrictError(f"strict: {len(bad)} attention calls would stay dense: {lines}")
     few = [site for site in record.sites if site.reason == Reason.TOO_FEW_TOKENS.name]
     if few and not any(site.rewritten for site in record.sites):
         raise StrictError(
-            f"strict: nothing was rewritten in graph {record.compile_id}: {few[0].layer}: "
+            f"strict: nothing was rewritten in graph {record.compile_id}: {few[0].name}: "
             f"{few[0].explanation}; set min_tokens=0 to go sparse all the same"
         )
-
-
-def _log(record: GraphRecord) -> None:
-    left = [site for site in record.sites if not site.rewritten]
-    reasons = ", ".join(sorted({str(site.reason) for site in left}))
-    logger.info(
-        "veda: graph %s: %d of %d attention calls sparse%s",
-        record.compile_id,
-        len(record.sites) - len(left),
-        len(record.sites),
-        f"; {len(left)} left dense: {reasons}" if left else "",
-    )
 
 
 def _warn_unmatched(findings: Sequence[Finding], options: Options, compile_id: str) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from .fingerprint import fingerprint
-from .grids import Grids, GridTeller
+from .grids import GridTeller
 from .kernels.plan import Plan
+from .known_inputs import KnownInput
+from .told import Grids
 
 _CACHED_CALLS = 512
 
@@ -80,6 +82,7 @@ class Bound:
     """One group of added inputs.
 
     grids: tells the grids of a call. per_call: whether the graph takes them as an input.
+    order: (N,) the tokens in raster order, where the graph takes it as an input.
     mark: tells the layer's fingerprint, where the plan depends on it or must be checked.
     plan: (fingerprint, grids) -> the plan. used: told of every new plan, for the report.
     """
@@ -90,17 +93,22 @@ class Bound:
     plan: Callable[[str | None, Grids], Plan]
     used: Callable[[str | None, Grids, Plan], None]
     device: torch.device
+    order: torch.Tensor | None = None
 
 
 class Binder:
     """Fills the added inputs of one compiled graph."""
 
-    def __init__(self, groups: Sequence[Bound]) -> None:
+    def __init__(self, groups: Sequence[Bound], checks: Sequence[KnownInput] = ()) -> None:
+        """checks: inputs whose values must be those of compile time."""
         self._groups = tuple(groups)
+        self._checks = tuple(checks)
         self._cache: OrderedDict[object, tuple[torch.Tensor, ...]] = OrderedDict()
 
     def __call__(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """The added inputs for a call with these arguments, in the graph's order."""
+        for check in self._checks:
+            check(args)
         told: dict[GridTeller, Grids] = {}
         extra: list[torch.Tensor] = []
         for place, group in enumerate(self._groups):
@@ -127,4 +135,7 @@ class Binder:
             tensors.append(plan.projection.to(group.device))
         if group.per_call:
             tensors.append(torch.tensor(grids, dtype=torch.int64, device="cpu"))
+        if group.order is not None:
+            both = torch.stack([group.order, group.order.argsort()])
+            tensors.append(both.to(group.device))
         return tuple(tensors)

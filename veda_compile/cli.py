@@ -1,4 +1,4 @@
-"""The `veda` command: look into sidecars."""
+"""The `veda` command: look into sidecars, and tell what would become of a model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import VedaError
+from .errors import OptionsError, StrictError, VedaError
 from .sidecar import GridPlan, Sidecar
 
 app = typer.Typer(
@@ -22,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+EXIT_DENSE = 1
+"""Exit code of `explain` when attention over the video would stay dense or unseen."""
 
 EXIT_ERROR = 2
 """Exit code when the input was wrong; the error is one line on stderr."""
@@ -48,6 +52,77 @@ def inspect(
         typer.echo(json.dumps(facts, indent=2))
     else:
         _show(facts)
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A diffusers model folder or config.json, or package.module:callable that "
+            "returns (model, inputs). Weights are not read."
+        ),
+    ],
+    frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 81,
+    height: Annotated[int, typer.Option(min=1, help="Height of the video in pixels.")] = 480,
+    width: Annotated[int, typer.Option(min=1, help="Width of the video in pixels.")] = 832,
+    latent: Annotated[
+        bool,
+        typer.Option("--latent", help="Frames, height and width are the latent's, not pixels."),
+    ] = False,
+    device: Annotated[str, typer.Option(help="Device the verdicts are for.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    options: Annotated[str, typer.Option(help="The backend's options as a JSON object.")] = "{}",
+    dynamic_ops: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-ops",
+            help="As with torch._dynamo.config.capture_dynamic_output_shape_ops and "
+            "capture_scalar_outputs set.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")] = False,
+) -> None:
+    """Show what would become of a model's attention, and what to change, from shapes alone.
+
+    Exit code 0 if all attention over the video would be sparse, 1 if not, 2 if the input is wrong.
+    """
+    from .explain import explain as look
+    from .explain_subject import Video, load_subject
+
+    try:
+        subject = load_subject(target, Video(frames, height, width, latent), _dtype(dtype))
+        found = look(subject, _options(options), device, dynamic_ops)
+    except VedaError as error:
+        typer.echo(f"veda: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(EXIT_ERROR) from None
+    if as_json:
+        typer.echo(json.dumps({**found.report.to_dict(), "stopped": found.stopped}, indent=2))
+    else:
+        Console(emoji=False).print(found.report)
+        if found.stopped is not None:
+            typer.echo(f"The call was followed up to an error, as it would run: {found.stopped}")
+    try:
+        found.report.require()
+    except StrictError:
+        raise typer.Exit(EXIT_DENSE) from None
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise OptionsError(f"--dtype is {name!r}: must be one of {', '.join(known)}")
+    return known[name]
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionsError(f"--options is {text!r}: not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise OptionsError(f"--options is {text!r}: must be a JSON object")
+    return options
 
 
 def summary(sidecar: Sidecar) -> dict[str, Any]:

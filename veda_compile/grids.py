@@ -13,13 +13,12 @@ from torch import fx
 
 from .errors import LayoutError
 from .kernels.layout import Video
-from .passes.layout import Grid
+from .passes.given import Grid, confirms, one_frame, part_of
 from .passes.partition import confirms_grid, grid_from_groupings, groupings
-from .passes.positions import PositionInput, position_rows
+from .passes.positions import Part, PositionInput, position_rows
 from .passes.rewrite import input_positions
 from .passes.sizes import example, example_tensor, hint
-
-Grids = tuple[Grid, ...]
+from .told import Grids, told_grids
 
 _INTEGER_FUNCTIONS: dict[str, Callable[..., int]] = {
     "FloorDiv": lambda a, b: a // b,
@@ -83,6 +82,44 @@ def _symbol_reader(gm: fx.GraphModule, symbol: sympy.Symbol) -> Callable[[Sequen
     raise LayoutError(f"the grid depends on {symbol}, which no input of the graph shows")
 
 
+class _Positions:
+    """The position inputs of a call."""
+
+    def __init__(self, gm: fx.GraphModule, position: PositionInput) -> None:
+        inputs = ((position.node, position.axis), *position.others)
+        self._places = input_positions(gm, [node for node, _ in inputs])
+        self._axes = [axis for _, axis in inputs]
+        self._rows = slice(None) if position.rows is None else slice(*position.rows)
+
+    def of(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The position inputs among a call's arguments."""
+        return [args[place] for place in self._places]
+
+    def rows(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(N, F) rows of the video tokens."""
+        read = [position_rows(v, axis) for v, axis in zip(values, self._axes, strict=True)]
+        if len(read) == 1:
+            return read[0][self._rows]
+        return torch.cat([rows.to(torch.float64) for rows in read], 1)[self._rows]
+
+
+class _Seen:
+    """Tensors that were read, to be recognised while they are the same and unchanged."""
+
+    def __init__(self, values: Sequence[torch.Tensor]) -> None:
+        self._values = [weakref.ref(value) for value in values]
+        self._versions = _versions(values)
+
+    def still(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the very tensors, with the contents they had."""
+        same = all(ref() is value for ref, value in zip(self._values, values, strict=True))
+        return same and self._versions == _versions(values)
+
+
+def _versions(values: Sequence[torch.Tensor]) -> list[int]:
+    return [0 if value.is_inference() else value._version for value in values]
+
+
 class PositionGrids:
     """The grid read from the values of a rotary or position input, once per new tensor.
 
@@ -92,27 +129,26 @@ class PositionGrids:
     """
 
     def __init__(self, gm: fx.GraphModule, position: PositionInput) -> None:
-        self._place = input_positions(gm, [position.node])[0]
-        self._axis = position.axis
-        self._last: tuple[weakref.ref[torch.Tensor], int, Grids] | None = None
+        self._positions = _Positions(gm, position)
+        self._last: tuple[_Seen, Grids] | None = None
         self._known: list[Grid] = []
 
     def __call__(self, args: Sequence[Any]) -> Grids:
         """See `GridTeller`. Raises LayoutError where the positions form no raster grid."""
-        value = args[self._place]
-        version = 0 if value.is_inference() else value._version
-        if self._last is not None and self._last[0]() is value and self._last[1] == version:
-            return self._last[2]
-        grids = (self._read(value),)
-        self._last = (weakref.ref(value), version, grids)
-        return grids
+        values = self._positions.of(args)
+        if self._last is None or not self._last[0].still(values):
+            self._last = (_Seen(values), (self._read(self._positions.rows(values)),))
+        return self._last[1]
 
-    def _read(self, value: torch.Tensor) -> Grid:
-        rows = position_rows(value, self._axis)
+    def _read(self, rows: torch.Tensor) -> Grid:
         for grid in self._known:
             if confirms_grid(rows, grid):
                 return grid
         found = grid_from_groupings([labels for labels, _ in groupings(rows)])
+        if found is None:
+            frame = one_frame(rows)
+            if frame is not None:
+                return frame
         if found is None or not found.raster:
             raise LayoutError(
                 f"the positions of {rows.shape[0]} video tokens no longer form a T x H x W grid in "
@@ -120,6 +156,62 @@ class PositionGrids:
             )
         self._known.append(found.grid)
         return found.grid
+
+
+class GivenGrids:
+    """Grids that the user names, checked on every call against positions or a number of tokens.
+
+    Where no input tells these, the op checks that the sequence has room for exactly these grids.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, option: Grids | None, count: int, position: PositionInput | None
+    ) -> None:
+        """option: the grids of option `grid`; None to take those that `attach` tells per call.
+        count: how many grids the graph has room for."""
+        self._option = option
+        self._count = count
+        self._positions = None if position is None else _Positions(gm, position)
+        self._part = Part.ALL if position is None else position.part
+        self._count_place: tuple[int, int] | None = None
+        if position is not None and position.part is Part.COUNT:
+            self._count_place = (input_positions(gm, [position.node])[0], position.axis)
+        self._last: tuple[_Seen, Grids] | None = None
+
+    def __call__(self, args: Sequence[Any]) -> Grids:
+        """See `GridTeller`. Raises LayoutError where no grid is told or positions contradict it."""
+        grids = self._option or told_grids()
+        if grids is None:
+            raise LayoutError(
+                "this graph was compiled with the grid that veda_compile.attach told, but no "
+                "attached model tells one for this call: call veda_compile.attach(model) on the "
+                "model that makes it, with grid=(T, H, W) if it cannot be told automatically"
+            )
+        if len(grids) != self._count:
+            raise LayoutError(
+                f"veda_compile.attach tells {len(grids)} grids for this call, but told "
+                f"{self._count} when the graph was compiled: tell the same number on every call"
+            )
+        if self._count_place is not None:
+            place, axis = self._count_place
+            if args[place].shape[axis] != total_tokens(grids):
+                raise LayoutError(
+                    f"the video has {args[place].shape[axis]} tokens, but option grid or "
+                    f"veda_compile.attach names the grids {grids}: name those of this call"
+                )
+        elif self._positions is not None:
+            values = self._positions.of(args)
+            if self._last is None or self._last[1] != grids or not self._last[0].still(values):
+                self._check(self._positions.rows(values), grids)
+                self._last = (_Seen(values), grids)
+        return grids
+
+    def _check(self, rows: torch.Tensor, grids: Grids) -> None:
+        if not confirms(grids, part_of(rows, self._part, total_tokens(grids))):
+            raise LayoutError(
+                f"the positions of {rows.shape[0]} tokens do not hold the grids {grids} that "
+                "option grid or veda_compile.attach names: name those of this call"
+            )
 
 
 def total_tokens(grids: Grids) -> int:

@@ -42,6 +42,10 @@ class Options:
     score: "closed_form", "mean" or "auto" (the sidecar's, or "closed_form" without one).
     executor: "reference", "cpu", "triton" or "auto" (by device); a named one never falls back.
     dense_layers: names or indices (from 0) of the attention layers that stay dense.
+    dense_timesteps: share of the noise schedule, from its noisy end, at which attention stays
+        exact: 0.3 is timesteps from 700 of 1000 on. It needs the timestep in the compiled graph
+        (whole-model compilation), and timesteps that fall as the video becomes clean, as nearly
+        all do (Mochi's rise).
     min_tokens: shorter sequences stay dense; "auto" lets the backend decide.
     grid: (T, H, W) of the video's tokens where the graph does not tell; None is to find it.
     strict: raise where an attention layer would stay dense.
@@ -57,6 +61,7 @@ class Options:
     score: str = "auto"
     executor: str = "auto"
     dense_layers: tuple[str | int, ...] = ()
+    dense_timesteps: float = 0.0
     min_tokens: int | str = "auto"
     grid: tuple[int, int, int] | None = None
     strict: bool = False
@@ -156,6 +161,13 @@ def _density(name: str, value: object) -> float | None:
     raise _refusal(name, value, "None or a number above 0 and at most 1, such as 0.2")
 
 
+def _dense_timesteps(name: str, value: object) -> float:
+    number = _number(value)
+    if number is not None and 0.0 <= number <= 1.0:
+        return number
+    raise _refusal(name, value, "a number from 0 to 1, such as 0.3")
+
+
 def _tile_size(name: str, value: object) -> int | None:
     if value is None:
         return None
@@ -226,6 +238,7 @@ _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "score": _choice(SCORE_CHOICES),
     "executor": _choice(EXECUTOR_CHOICES),
     "dense_layers": _dense_layers,
+    "dense_timesteps": _dense_timesteps,
     "min_tokens": _min_tokens,
     "grid": _grid,
     "strict": _strict,

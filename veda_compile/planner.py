@@ -9,16 +9,19 @@ import re
 import torch
 
 from .errors import OptionsError, SidecarError
-from .grids import Grids, total_tokens
+from .grids import total_tokens
 from .kernels.break_even import break_even_tokens
 from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan, least_padding_shape
 from .options import DEFAULT_DENSITY, Options, tile_size_for
+from .passes.given import Given
 from .passes.layers import Layer
+from .passes.positions import Evidence
 from .passes.reasons import Reason, Refusal
 from .passes.verdict import Policy
 from .sidecar import LayerCard, Sidecar
+from .told import Grids, told_grids
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class Planner:
         """What the verdicts need to know."""
         minimum = self._options.min_tokens
         return Policy(
-            grid=self._options.grid,
+            given=self._given(),
             dense_layers=self._options.dense_layers,
             min_tokens=lambda device: (
                 break_even_tokens(device) if isinstance(minimum, str) else minimum
@@ -66,6 +69,13 @@ class Planner:
             verify=self._verify,
             plan=self._refuse_layer,
         )
+
+    def _given(self) -> Given | None:
+        """The grids the user names: by the option, else by `attach` for the call that compiles."""
+        if self._options.grid is not None:
+            return Given((self._options.grid,), Evidence.OPTION)
+        grids = told_grids()
+        return None if grids is None else Given(grids, Evidence.ATTACHED)
 
     def _tile_size(self, video_tokens: int) -> int:
         if self.sidecar is not None:

@@ -7,8 +7,13 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from torch import nn
+
+from .causes import Missed, all_missed, in_words
+from .errors import StrictError
+from .missed import WATCH
+from .passes.reasons import HARMLESS, Reason
 
 _KEPT_GRAPHS = 1_000
 
@@ -17,15 +22,17 @@ _KEPT_GRAPHS = 1_000
 class SiteRecord:
     """One attention call of a compiled graph. Lists grow as calls bring new layers and grids.
 
-    layer: path in the compiled module; layers: the sidecar's layers it served, by fingerprint.
-    grid: of the last new call; grids: all seen. density: share of tile pairs really kept, mean
-    over heads. tile_shapes: the shapes in use, most heads first.
+    layer: path in the compiled module; layers: the model's, where one graph serves several.
+    remedy: what the user can change where it stays dense. grid: of the last new call; grids: all
+    seen. density: share of tile pairs really kept, mean over heads. tile_shapes: the shapes in
+    use, most heads first.
     """
 
     layer: str | None
     rewritten: bool
     reason: str | None = None
     explanation: str | None = None
+    remedy: str | None = None
     layout: str | None = None
     evidence: str | None = None
     grid: tuple[int, int, int] | None = None
@@ -37,6 +44,16 @@ class SiteRecord:
     score: str | None = None
     fingerprint: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The layer, or the layers of the model it served."""
+        return ", ".join(self.layers) if self.layers else self.layer or "an unnamed layer"
+
+    @property
+    def harmless(self) -> bool:
+        """Whether nothing is lost here: sparse, nothing to gain, or the user's own choice."""
+        return self.rewritten or (self.reason is not None and Reason[self.reason] in HARMLESS)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `Report.to_dict` shows it."""
         return {
@@ -44,6 +61,7 @@ class SiteRecord:
             "verdict": "rewritten" if self.rewritten else "left",
             "reason": self.reason,
             "explanation": self.explanation,
+            "remedy": self.remedy,
             "layout": self.layout,
             "evidence": self.evidence,
             "grid": self.grid,
@@ -59,17 +77,37 @@ class SiteRecord:
 
 @dataclass
 class GraphRecord:
-    """One graph that reached the backend. unknown: operations the analysis could not follow."""
+    """One graph that reached the backend.
+
+    unknown: operations the analysis could not follow. model: class of the model it belongs to,
+    None if no model's call was in progress.
+    """
 
     compile_id: str
     sites: list[SiteRecord]
+    unknown: tuple[str, ...] = ()
+    model: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `Report.to_dict` shows it."""
+        return {
+            "compile_id": self.compile_id,
+            "model": self.model,
+            "unknown": list(self.unknown),
+            "sites": [site.to_dict() for site in self.sites],
+        }
 
 
 class Report:
-    """Records of compiled graphs, newest last. Printing it shows one row per attention call."""
+    """Records of compiled graphs, newest last, and the attention that no graph showed.
 
-    def __init__(self, graphs: list[GraphRecord]) -> None:
+    Print it, or show it in a notebook, for tables with equal layers in one row; `to_dict` has
+    every attention call.
+    """
+
+    def __init__(self, graphs: list[GraphRecord], missed: list[Missed] | None = None) -> None:
         self.graphs = graphs
+        self.missed = missed or []
 
     @property
     def sites(self) -> list[SiteRecord]:
@@ -77,67 +115,64 @@ class Report:
         return [site for graph in self.graphs for site in graph.sites]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"graphs": [{"compile_id", "sites"}], "totals": {...}}."""
+        """Plain data: {"graphs": [...], "missed": [...], "totals": {...}}.
+
+        A graph is {"compile_id", "model", "unknown", "sites"}; a missed layer
+        {"model", "layer", "cause", "remedy"}; the totals {"sites", "rewritten", "left", "missed"}.
+        """
         left = Counter(site.reason for site in self.sites if not site.rewritten)
         return {
-            "graphs": [
-                {"compile_id": graph.compile_id, "sites": [site.to_dict() for site in graph.sites]}
-                for graph in self.graphs
-            ],
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "missed": [missed.to_dict() for missed in self.missed],
             "totals": {
                 "sites": len(self.sites),
                 "rewritten": sum(site.rewritten for site in self.sites),
                 "left": dict(left),
+                "missed": len(self.missed),
             },
         }
 
+    def require(self) -> None:
+        """Raise StrictError, naming every layer, unless all video attention seen runs sparse.
+
+        Also raises where attention never reached the backend, and where nothing was rewritten.
+        Ask after the model was called once: before, none of its layers has been seen.
+        """
+        lines = [
+            f"{site.name}: {site.explanation}" + (f"; {site.remedy}" if site.remedy else "")
+            for site in self.sites
+            if not site.harmless
+        ]
+        lines += in_words(self.missed)
+        if not lines and not any(site.rewritten for site in self.sites):
+            remedies = {f"{s.explanation}; {s.remedy}" for s in self.sites if s.remedy}
+            lines = sorted(remedies) or ["no attention over a video reached the backend"]
+        if lines:
+            raise StrictError("not all attention is sparse:\n" + "\n".join(lines))
+
     def table(self) -> Table:
-        """The report as a rich table."""
-        totals = self.to_dict()["totals"]
-        table = Table(
-            title=f"veda: {totals['rewritten']} of {totals['sites']} attention calls rewritten, "
-            f"{len(self.graphs)} graphs",
-        )
-        for column in ("graph", "layer", "verdict", "grid", "layout", "tiles", "density",
-                       "executor"):  # fmt: skip
-            table.add_column(column, overflow="fold")
-        for graph in self.graphs:
-            if not graph.sites:
-                table.add_row(graph.compile_id, "-", "no attention in this graph")
-            for site in graph.sites:
-                table.add_row(graph.compile_id, *_cells(site))
-        return table
+        """The graphs as a rich table: equal rows of numbered layers are one."""
+        from .report_tables import graph_table
+
+        return graph_table(self)
 
     def __str__(self) -> str:
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        from .report_tables import as_text
 
+        return as_text(self)
 
-def _cells(site: SiteRecord) -> tuple[str, ...]:
-    name = site.layer or "(unnamed)"
-    if len(site.layers) > 1:
-        name += f" ({len(site.layers)} layers)"
-    if not site.rewritten:
-        return name, f"dense: {site.reason}\n{site.explanation}", _grid(site), site.layout or ""
-    tiles = " ".join("x".join(map(str, shape)) for shape in site.tile_shapes[:4])
-    tiles += f" +{len(site.tile_shapes) - 4}" if len(site.tile_shapes) > 4 else ""
-    density = "" if site.density is None else f"{site.density:.3f}"
-    return (
-        name,
-        "sparse",
-        _grid(site),
-        site.layout or "",
-        tiles,
-        density,
-        str(site.executor),
-    )
+    def __repr__(self) -> str:
+        return str(self)
 
+    def _repr_html_(self) -> str:
+        from .report_tables import as_html
 
-def _grid(site: SiteRecord) -> str:
-    seen = site.grids or ([site.grid] if site.grid else [])
-    return " ".join("x".join(map(str, grid)) for grid in seen)
+        return as_html(self)
+
+    def __rich__(self) -> Any:
+        from .report_tables import renderable
+
+        return renderable(self)
 
 
 class ReportStore:
@@ -170,15 +205,19 @@ STORE = ReportStore()
 """The records of this process, what `veda_compile.report()` shows."""
 
 
-def report() -> Report:
+def report(model: nn.Module | None = None) -> Report:
     """What the veda backend did in this process: print it, or take `.to_dict()`.
 
-    A model that does not appear never reached the backend: it was not compiled with
-    backend="veda", or its attention ran outside the compiled graphs.
+    Attention modules of a compiled model that no graph showed are listed as missed. Of a model none
+    of whose graphs reached the backend nothing is known, unless it is given as `model`: then all of
+    its attention modules are.
     """
-    return STORE.report()
+    if model is not None:
+        WATCH.model(getattr(model, "_orig_mod", model))
+    return Report(STORE.report().graphs, all_missed())
 
 
 def reset_report() -> None:
     """Forget what was recorded so far; compiled models keep running."""
     STORE.clear()
+    WATCH.clear()

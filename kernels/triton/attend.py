@@ -21,7 +21,7 @@ def attend_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    rows_ptr,
+    query_rows_ptr,
     key_rows_ptr,
     first_ptr,
     starts_ptr,
@@ -49,7 +49,8 @@ def attend_kernel(
     kv_repeat,
     segments,
     extra_tiles,
-    tokens,
+    extra_query_tiles,
+    queries,
     scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -60,20 +61,21 @@ def attend_kernel(
 ):
     """One program computes BLOCK_M query rows of one tile of one head.
 
-    Extra tokens stand in tiles of their own after the video tiles, so one loop does it all. The
-    key tiles of a video tile are its list, then the extra tiles; those of an extra tile are all
-    tiles. Extra query tiles run longest and come first. Logits carry log2(e), for exp2.
+    Keys and queries without a grid stand in tiles of their own after the video tiles, so one loop
+    does it all. The key tiles of a video tile are its list, then the extra tiles; those of an extra
+    tile are all tiles. Extra query tiles run longest and come first. Logits carry log2(e), for
+    exp2.
     """
     slot = tl.program_id(0) // (TILE // BLOCK_M)
     part = tl.program_id(0) % (TILE // BLOCK_M)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     tiles = tl.load(starts_ptr + head * (segments + 1) + segments)
-    if slot - extra_tiles >= tiles:
+    if slot - extra_query_tiles >= tiles:
         return
 
-    is_extra = slot < extra_tiles
-    tile = tl.where(is_extra, tiles + slot, slot - extra_tiles)
+    is_extra = slot < extra_query_tiles
+    tile = tl.where(is_extra, tiles + slot, slot - extra_query_tiles)
     line = (batch * tl.num_programs(1) + head) * list_rows + tile
     listed = tl.load(counts_ptr + line, mask=tile < tiles, other=0)
     steps = tl.where(is_extra, tiles, listed) + extra_tiles
@@ -84,7 +86,7 @@ def attend_kernel(
     channels = tl.arange(0, PADDED_DIM)
     real = (channels < HEAD_DIM)[None, :]
     channel = channels.to(tl.int64)[None, :]
-    q_rows = tl.load(rows_ptr + first + tile * TILE + part * BLOCK_M + tl.arange(0, BLOCK_M))
+    q_rows = tl.load(query_rows_ptr + first + tile * TILE + part * BLOCK_M + tl.arange(0, BLOCK_M))
     q_mask = (q_rows >= 0)[:, None] & real
     q_rows = q_rows.to(tl.int64)
     head64 = head.to(tl.int64)
@@ -126,30 +128,31 @@ def attend_kernel(
     out_at = q_rows[:, None] * out_token + channel * out_channel
     tl.store(out_base + out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
     lse = (highest + tl.math.log2(total)) * 0.6931471805599453
-    tl.store(lse_ptr + (batch * tl.num_programs(1) + head) * tokens + q_rows, lse, mask=q_rows >= 0)
+    lse_base = lse_ptr + (batch * tl.num_programs(1) + head) * queries
+    tl.store(lse_base + q_rows, lse, mask=q_rows >= 0)
 
 
 def attend(
     call: AttentionCall, selection: Selection, tables: LayerTables, keys: KeyRows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, H, N, D) stored as (B, N, H, D) and the natural-log LSE (B, H, N) float32.
+    """out (B, H, Nq, D) stored as (B, Nq, H, D) and the natural-log LSE (B, H, Nq) float32.
 
     A row without any key gives 0 and LSE -inf. List entries past a row's count are not read.
     """
     q = call.q
-    batch, heads, tokens, head_dim = q.shape
+    batch, heads, queries, head_dim = q.shape
     out = empty_output(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     indices = selection.indices.contiguous()
     config = attend_config(head_dim, tables.tile_size, q.dtype, gpu_generation(q.device))
-    programs = (tables.most_tiles + tables.extra_tiles) * (tables.tile_size // config.block_m)
+    programs = (tables.most_tiles + tables.extra_query_tiles) * (tables.tile_size // config.block_m)
     attend_kernel[(programs, heads, batch)](
         q,
         call.k,
         call.v,
         out,
         lse,
-        tables.rows,
+        tables.query_rows,
         keys.rows,
         tables.first,
         tables.starts,
@@ -165,7 +168,8 @@ def attend(
         call.kv_repeat,
         tables.segments,
         tables.extra_tiles,
-        tokens,
+        tables.extra_query_tiles,
+        queries,
         call.scale * math.log2(math.e),
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),

@@ -20,17 +20,20 @@ def choose_kernel(
     starts_ptr,
     indices_ptr,
     counts_ptr,
+    keep_all_ptr,
     log_batch,
     segments,
     most_tiles,
     width,
     SIZED: tl.constexpr,
+    FLAGGED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program chooses for one query tile of one head.
 
     scores: (B, H, n, n) float32; budgets: (H, n, V) int32; indices: (B, H, n, width) int32;
-    counts: (B, H, n) int32; all contiguous. SIZED adds the log of each key tile's rows.
+    counts: (B, H, n) int32; all contiguous. SIZED adds the log of each key tile's rows. FLAGGED:
+    keep_all is one bool, True lifts every budget; without it keep_all is not read.
     Scores become integers of the same order, so that 31 halvings find the k-th largest exactly and
     ties at it go to the lower tile number.
     """
@@ -63,6 +66,8 @@ def choose_kernel(
     kept = tl.zeros((COLUMNS,), tl.int32)
     for segment in range(segments):
         budget = tl.load(budgets_ptr + (head * most_tiles + row) * segments + segment)
+        if FLAGGED:  # rows past a head's last tile have the budget 0
+            budget = tl.where(tl.load(keep_all_ptr) & (budget > 0), COLUMNS, budget)
         start = tl.load(starts + segment)
         stop = tl.load(starts + segment + 1)
         here = tl.where((columns >= start) & (columns < stop), rank, LOWEST)
@@ -88,11 +93,13 @@ def choose(
     tables: LayerTables,
     budgets: torch.Tensor,
     width: int,
+    keep_all: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending key tiles (B, H, n, width) int32 and how many each query tile keeps (B, H, n).
 
     scores: (B, H, n, n) float32, contiguous, anything past a head's last tile. sized: add the log
-    of the key tile's rows. budgets, width: see `budget_table`. The rules are `select_tiles`'.
+    of the key tile's rows. budgets, width: see `budget_table`. keep_all: () bool on the device or
+    None; it needs a width of n. The rules are `select_tiles`'.
     """
     batch, heads, tiles, _ = scores.shape
     indices = torch.empty(batch, heads, tiles, width, dtype=torch.int32, device=scores.device)
@@ -106,11 +113,13 @@ def choose(
         tables.starts,
         indices,
         counts,
+        counts if keep_all is None else keep_all,
         keys.log_stride,
         tables.segments,
         tiles,
         width,
         SIZED=sized,
+        FLAGGED=keep_all is not None,
         COLUMNS=columns,
         num_warps=choose_warps(columns),
         enable_fp_fusion=True,

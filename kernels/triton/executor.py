@@ -42,7 +42,10 @@ class TritonExecutor:
         return YES
 
     def select(self, call: AttentionCall) -> Selection:
-        """As `select_tiles`, on the device; `indices` is as wide as the largest budget."""
+        """As `select_tiles`, on the device; `indices` is as wide as the largest budget.
+
+        With `keep_all`, which the host does not read, it is as wide as the tiles are many.
+        """
         plan = call.plan
         device = call.q.device
         tables = layer_tables(call.layout, plan.tile_shapes, device)
@@ -52,7 +55,9 @@ class TritonExecutor:
             q_features, k_features = _features(call, tables, keys)
             scores = q_features @ k_features.transpose(-1, -2)
             sized = plan.score != "mean"
-            indices, counts = choose(scores, sized, keys, tables, budgets, width)
+            if call.keep_all is not None:
+                width = tables.most_tiles
+            indices, counts = choose(scores, sized, keys, tables, budgets, width, call.keep_all)
         return Selection(indices, counts)
 
     def attend(
@@ -70,7 +75,7 @@ def _features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, H, n, F) float32 features of query and of key tiles, whose products are scores."""
     plan, scale = call.plan, call.scale
-    q_rows = tables.rows[None]
+    q_rows = tables.query_rows[None]
     if plan.score == "mean":
         return (
             pool(call.q, tables, q_rows, 0, "none", scale),

@@ -26,20 +26,25 @@ _INTS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
 class LayerTables:
     """Stacked tile tables; R table rows over all groups of heads, V video segments.
 
-    rows: (R, S) int32, token positions, -1 where a tile has no more. A group's video tiles come
-        first, then `extra_tiles` tiles that hold the extra tokens.
-    log_sizes: (R,) float32, log of the real rows of each tile.
+    rows: (R, S) int32, keys of each tile, -1 where a tile has no more. A group's video tiles come
+        first, then `extra_tiles` tiles that hold the extra and context tokens.
+    query_rows: (R, S) int32, queries of each tile. A group's video tiles come first, then
+        `extra_query_tiles` tiles that hold the extra tokens, then empty ones.
+    log_sizes: (R,) float32, log of the real rows of each tile of keys.
     first: (H,) int32, the row of `rows` where the head's tiles begin.
     starts: (H, V + 1) int32, first tile of each video segment of the head, and its tile count.
-    most_tiles: the largest tile count of any head. extra_tiles: the same for all heads.
+    most_tiles: the largest tile count of any head. extra_tiles, extra_query_tiles: the same for
+        all heads.
     """
 
     rows: torch.Tensor
+    query_rows: torch.Tensor
     log_sizes: torch.Tensor
     first: torch.Tensor
     starts: torch.Tensor
     most_tiles: int
     extra_tiles: int
+    extra_query_tiles: int
 
     @property
     def segments(self) -> int:
@@ -78,25 +83,32 @@ def layer_tables(
     cpu = torch.device("cpu")
     shapes = list(dict.fromkeys(tile_shapes))
     tables = [tile_table(layout, shape, cpu) for shape in shapes]
-    extra = _extra_tiles(tables[0].extra, tables[0].rows.shape[1])
+    size = tables[0].rows.shape[1]
+    extra_query_tiles = -(-len(tables[0].extra_queries) // size)
+    extra = _extra_tiles(tables[0].extra, size, -(-len(tables[0].extra) // size))
+    # every query without a grid is such a key too: as many tiles hold them
+    extra_queries = _extra_tiles(tables[0].extra_queries, size, len(extra))
     begin, begins = 0, {}
     for shape, table in zip(shapes, tables, strict=True):
         begins[shape] = begin
         begin += table.tiles + extra.shape[0]
     starts = {shape: table.starts for shape, table in zip(shapes, tables, strict=True)}
     rows = torch.cat([block for table in tables for block in (table.rows, extra)])
+    query_rows = torch.cat([b for table in tables for b in (table.query_rows, extra_queries)])
     return LayerTables(
         rows.to(device),
+        query_rows.to(device),
         _log_sizes(rows).to(device),
         torch.tensor([begins[shape] for shape in tile_shapes], **_INTS).to(device),
         torch.tensor([starts[shape] for shape in tile_shapes], **_INTS).to(device),
         max(table.tiles for table in tables),
         extra.shape[0],
+        extra_query_tiles,
     )
 
 
 def key_rows(tables: LayerTables, key_valid: torch.Tensor | None) -> KeyRows:
-    """The table without the keys that `key_valid` (B, N) bool rules out.
+    """The table without the keys that `key_valid` (B, Nk) bool rules out.
 
     Taking them out here spares every kernel a second mask. Nothing is read back to the host.
     """
@@ -134,9 +146,8 @@ def _log_sizes(rows: torch.Tensor) -> torch.Tensor:
     return torch.log((rows >= 0).sum(-1).float())
 
 
-def _extra_tiles(positions: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """(X, S) int32: the extra tokens cut into tiles, the last one ending in -1."""
-    count = -(-len(positions) // tile_size)
+def _extra_tiles(positions: torch.Tensor, tile_size: int, count: int) -> torch.Tensor:
+    """(count, S) int32: `positions` cut into tiles, -1 after the last."""
     padded = positions.new_full((count * tile_size,), -1)
     padded[: len(positions)] = positions
     return padded.view(count, tile_size)

@@ -1,0 +1,294 @@
+"""`attach`: the grid of every call reaches blocks compiled alone, and only where it fits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from small_transformers import EXACT, QUICK, Grid, distance, run, run_by_hand
+from torch import nn
+from torch._dynamo.utils import counters
+
+import veda_compile
+from benchmarks.zoo import entry
+from veda_compile.errors import LayoutError, OptionsError
+from veda_compile.kernels.layout import Extra, Layout, Video
+from veda_compile.kernels.plan import Plan, least_padding_shape
+from veda_compile.told import told_grids
+
+DENSITY = 0.3
+OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}
+LANDSCAPE, PORTRAIT = (5, 6, 10), (5, 10, 6)
+GRIDS = [LANDSCAPE, PORTRAIT, (3, 8, 12), (7, 4, 6), LANDSCAPE]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    veda_compile.reset_report()
+    yield
+    torch.compiler.reset()
+
+
+def made(name: str, grid: Grid = LANDSCAPE) -> tuple[Any, dict[str, Any]]:
+    model, inputs = entry(name).make(grid)
+    return model, inputs
+
+
+def compile_blocks(model: nn.Module, name: str, options: dict[str, Any] = OPTIONS) -> None:
+    for blocks in entry(name).blocks:
+        for block in model.get_submodule(blocks):
+            block.compile(backend="veda", options=options)
+    if not entry(name).blocks:
+        model.compile_repeated_blocks(backend="veda", options=options)  # type: ignore[operator]
+
+
+def by_hand(name: str, model: Any, inputs: dict[str, Any], layout: Layout) -> torch.Tensor:
+    videos = Layout(tuple(video for _, video in layout.videos))
+    plan = Plan.uniform(2, least_padding_shape(videos, 64), DENSITY)
+    return run_by_hand(model, inputs, layout, dict.fromkeys(entry(name).layers, plan))
+
+
+def sites() -> list[Any]:
+    return veda_compile.report().sites
+
+
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_blocks_without_positions_follow_every_call(first: str) -> None:
+    name = "cogvideox 2b"
+    model, _ = made(name)
+    wanted = {
+        grid: by_hand(name, model, made(name, grid)[1], Layout.of(Extra(12), Video(*grid)))
+        for grid in GRIDS
+    }
+    mistaken = Layout.of(Extra(12), Video(*LANDSCAPE))
+    stale = by_hand(name, model, made(name, PORTRAIT)[1], mistaken)
+    assert distance(stale, wanted[PORTRAIT]) > 100 * EXACT
+    if first == "attach":
+        veda_compile.attach(model)
+    compile_blocks(model, name)
+    if first == "compile":
+        veda_compile.attach(model)
+    for grid in GRIDS:
+        assert distance(run(model, made(name, grid)[1]), wanted[grid]) <= EXACT, grid
+    assert {site.evidence for site in sites()} == {"veda_compile.attach"}
+    assert {tuple(g) for site in sites() for g in site.grids} == set(GRIDS)
+
+
+def test_it_costs_no_compilation_and_no_graph_break() -> None:
+    name = "cogvideox 2b"
+    counted = []
+    for attached in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        model, _ = made(name)
+        if attached:
+            veda_compile.attach(model)
+        compile_blocks(model, name)
+        for grid in GRIDS:
+            run(model, made(name, grid)[1])
+        assert not counters["graph_break"]
+        counted.append(counters["stats"]["unique_graphs"])
+    assert counted[0] == counted[1]
+
+
+def test_a_whole_model_may_be_attached_too() -> None:
+    model, inputs = made("wan t2v")
+    veda_compile.attach(model)
+    fn = torch.compile(model, backend="veda", options=OPTIONS, fullgraph=True)
+    veda_compile.attach(fn)
+    wanted = by_hand("wan t2v", model, inputs, Layout.of(Video(*LANDSCAPE)))
+    assert distance(run(fn, inputs), wanted) <= EXACT
+    assert counters["stats"]["unique_graphs"] == 1
+    assert told_grids() is None
+
+
+WINDOWS = {
+    "helios": (Extra(162), Video(*LANDSCAPE)),
+    "framepack": (Extra(159), Video(*LANDSCAPE), Extra(14)),
+}
+"""Other videos come first, and their positions stand in the same rotary table."""
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("how", ["attach", "option"])
+def test_the_main_video_among_others(name: str, how: str) -> None:
+    model, inputs = made(name)
+    wanted = by_hand(name, model, inputs, Layout(WINDOWS[name]))
+    options = OPTIONS
+    if how == "attach":
+        veda_compile.attach(model)
+    else:
+        options = {**OPTIONS, "grid": LANDSCAPE}
+    compile_blocks(model, name, options)
+    assert distance(run(model, inputs), wanted) <= EXACT
+    assert {site.grid for site in sites() if site.rewritten} == {LANDSCAPE}
+
+
+def test_all_videos_of_a_sequence() -> None:
+    model, inputs = made("helios")
+    layout = entry("helios").layouts(LANDSCAPE)[0]
+    veda_compile.attach(model, lambda *_, **__: [video.grid for _, video in layout.videos])
+    wanted = by_hand("helios", model, inputs, layout)
+    compile_blocks(model, "helios")
+    assert distance(run(model, inputs), wanted) <= EXACT
+
+
+@pytest.mark.parametrize(("name", "grid"), [
+    ("helios", (5, 10, 6)),
+    ("framepack", (5, 10, 6)),
+    ("framepack", (6, 5, 10)),
+    ("cogvideox 2b", (5, 6, 9)),
+    ("cogvideox 2b", (5, 6, 11)),
+])  # fmt: skip
+def test_a_grid_that_does_not_fit_is_refused(name: str, grid: Grid) -> None:
+    model, inputs = made(name)
+    dense = run(model, inputs)
+    veda_compile.attach(model, grid)
+    compile_blocks(model, name)
+    assert torch.equal(run(model, inputs), dense)
+    refused = [site for site in sites() if site.reason == "NO_GRID"]
+    assert refused and not any(site.rewritten for site in sites())
+    assert all("x".join(map(str, grid)) in site.explanation for site in refused)
+
+
+@pytest.mark.parametrize(("name", "lie"), [
+    ("helios", (5, 10, 6)), ("framepack", (5, 10, 6)), ("cogvideox 2b", (5, 6, 9)),
+])  # fmt: skip
+def test_a_grid_that_fits_no_more_is_an_error(name: str, lie: Grid) -> None:
+    model, inputs = made(name)
+    told = [LANDSCAPE]
+    veda_compile.attach(model, lambda *_, **__: told[0])
+    compile_blocks(model, name)
+    run(model, inputs)
+    told[0] = lie
+    with pytest.raises(LayoutError):
+        run(model, inputs)
+    told[0] = LANDSCAPE
+    run(model, inputs)
+    assert told_grids() is None
+
+
+def test_without_it_a_compiled_block_says_what_is_missing() -> None:
+    name = "cogvideox 2b"
+    model, inputs = made(name)
+    attachment = veda_compile.attach(model)
+    compile_blocks(model, name)
+    run(model, inputs)
+    attachment.remove()
+    with pytest.raises(LayoutError, match="call veda_compile"):
+        run(model, inputs)
+
+
+def test_models_in_two_threads_do_not_mix() -> None:
+    name = "cogvideox 2b"
+    both = {grid: made(name, grid) for grid in (LANDSCAPE, PORTRAIT)}
+    met = threading.Barrier(2)
+    wanted: dict[Grid, torch.Tensor] = {}
+    found: dict[Grid, torch.Tensor] = {}
+    for grid, (model, inputs) in both.items():
+        wanted[grid] = by_hand(name, model, inputs, Layout.of(Extra(12), Video(*grid)))
+        veda_compile.attach(model)
+        compile_blocks(model, name)
+        run(model, inputs)
+
+    def wait(*_: Any) -> None:
+        met.wait(60)
+
+    def work(grid: Grid) -> None:
+        model, inputs = both[grid]
+        model.patch_embed.register_forward_hook(wait)
+        found[grid] = run(model, inputs)
+
+    threads = [threading.Thread(target=work, args=(grid,)) for grid in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(distance(found[grid], wanted[grid]) <= EXACT for grid in both)
+
+
+def test_models_inside_one_another_and_errors_on_the_way() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, fail: bool) -> list[Any]:
+            return [told_grids(), self.inner(fail), told_grids()]
+
+    class Inner(nn.Module):
+        def forward(self, fail: bool) -> Any:
+            if fail:
+                raise RuntimeError
+            return told_grids()
+
+    outer = Outer()
+    veda_compile.attach(outer, (1, 2, 3))
+    veda_compile.attach(outer.inner, lambda fail: [(4, 5, 6), (7, 8, 9)])
+    expected = [((1, 2, 3),), ((4, 5, 6), (7, 8, 9)), ((1, 2, 3),)]
+    assert outer(False) == expected
+    with pytest.raises(RuntimeError):
+        outer(True)
+    assert told_grids() is None
+    assert outer(False) == expected
+
+
+class Configured(nn.Module):
+    """Reads the grid that it was told, as a compiled block would."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = type("Config", (), config)()
+
+    def forward(
+        self, hidden_states: torch.Tensor, num_frames: Any = None, height: Any = None,
+        width: Any = None,
+    ) -> Any:  # fmt: skip
+        return told_grids()
+
+
+@pytest.mark.parametrize(("config", "call", "expected"), [
+    ({"patch_size": (1, 2, 2), "in_channels": 16}, {"shape": (1, 16, 5, 12, 20)}, (5, 6, 10)),
+    ({"patch_size": 2, "in_channels": 16}, {"shape": (1, 5, 16, 12, 20)}, (5, 6, 10)),
+    ({"patch_size": 2, "patch_size_t": 2, "in_channels": 16}, {"shape": (1, 6, 16, 12, 20)},
+     (3, 6, 10)),
+    ({"patch_size": (1, 2, 2), "in_channels": 3}, {"shape": (1, 5, 12, 20, 3)}, (5, 6, 10)),
+    ({"patch_size": 2, "in_channels": 33, "out_channels": 16}, {"shape": (1, 16, 5, 12, 20)},
+     (5, 6, 10)),
+    ({"patch_size": 1, "patch_size_t": 1},
+     {"shape": (1, 300, 8), "num_frames": 5, "height": 6, "width": 10}, (5, 6, 10)),
+    ({"patch_size": 1}, {"shape": (1, 299, 8), "num_frames": 5, "height": 6, "width": 10}, None),
+    ({"patch_size": 1}, {"shape": (1, 300, 8)}, None),
+    # 16 channels, or 16 columns
+    ({"patch_size": 1, "in_channels": 16}, {"shape": (1, 16, 5, 12, 16)}, None),
+    ({"patch_size": 1, "in_channels": 4}, {"shape": (1, 16, 5, 12, 20)}, None),
+])  # fmt: skip
+def test_the_grid_by_the_model_and_its_arguments(
+    config: dict[str, Any], call: dict[str, Any], expected: Grid | None
+) -> None:
+    model = Configured(**config)
+    veda_compile.attach(model)
+    latent = torch.zeros(call.pop("shape"))
+    assert model(latent, **call) == model(hidden_states=latent, **call)
+    assert model(latent, **call) == (None if expected is None else (expected,))
+
+
+@pytest.mark.parametrize("grid", ["automatic", (1, 2), (1, 2, 0), (1, 2, 3.0), [], [(1, 2, 3), 4]])
+def test_what_is_no_grid(grid: Any) -> None:
+    with pytest.raises(OptionsError):
+        veda_compile.attach(nn.Identity(), grid)
+    model = nn.Identity()
+    if not isinstance(grid, str):
+        veda_compile.attach(model, lambda *_: grid)
+        with pytest.raises(OptionsError):
+            model(torch.ones(1))
+
+
+def test_models_that_cannot_tell_their_grid() -> None:
+    with pytest.raises(OptionsError, match="Identity"):
+        veda_compile.attach(nn.Identity())
