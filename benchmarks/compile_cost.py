@@ -28,7 +28,7 @@ from torch import fx
 from veda_compile.backend import veda
 from veda_compile.options import Options
 from veda_compile.passes.analyse import analyse
-from veda_compile.passes.rewrite import own_copy
+from veda_compile.passes.owned_graph import own_copy
 from veda_compile.planner import Planner
 
 SHARE_BAR = 0.05

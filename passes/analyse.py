@@ -17,6 +17,7 @@ from .grid_sizes import LayoutSizes, find_sizes
 from .layers import Layer, find_layer, vector_parameters
 from .layout import SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
+from .nested_layers import find_nested_layer
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
@@ -117,8 +118,11 @@ class _Scene:
 
 
 def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
-    layer = Layer(None, ()) if site.calls else find_layer(scene.vectors, site.node)
-    dims = _dimensions(site)
+    if site.calls:
+        layer = find_nested_layer(scene.vectors, site)
+    else:
+        layer = find_layer(scene.vectors, site.node)
+    dims = _dimensions(site, layer)
     tokens = scene.tokens(site) if dims is not None else None
     refusal = judge_identity(site, tokens, sorted(scene.provenance.unknown))
     if refusal is not None or tokens is None or dims is None:
@@ -153,7 +157,7 @@ def _token_size(operand: Operand) -> Size:
     return tensor.shape[operand.axes.index("n")]
 
 
-def _dimensions(site: Site) -> Dimensions | None:
+def _dimensions(site: Site, layer: Layer) -> Dimensions | None:
     """Hints of the site's sizes; None if an operand is not one tensor of the expected rank."""
     operands = (site.q, site.k, site.v)
     tensors = [example_tensor(operand.node) for operand in operands]
@@ -187,12 +191,14 @@ def _dimensions(site: Site) -> Dimensions | None:
         heads[0],
         heads[1],
         side(q, site.q, "n"),
+        side(k, site.k, "n"),
         head_dim,
         _computing_dtype(site, q, k, v),
         q.device.type,
         torch.is_grad_enabled()
         and any(t.requires_grad for t in (*tensors, *_weights(site)) if t is not None),
-        ("h" in site.q.axes or site.projections is not None) and not site.calls,
+        ("h" in site.q.axes or site.projections is not None)
+        and (not site.calls or layer.name is not None),
         mismatch,
     )
 
@@ -228,9 +234,7 @@ def _not_video(finding: Finding) -> Finding:
     """In a graph whose video is known, self-attention without a grid is over something else."""
     if finding.refusal is None or finding.refusal.reason is not Reason.NO_GRID:
         return finding
-    sizes = [hint(_token_size(operand)) for operand in (finding.site.q, finding.site.k)]
-    reason = Reason.TEXT_ONLY if sizes[0] == sizes[1] else Reason.CROSS_ATTENTION
     return Finding(
         finding.site, finding.layer, finding.dims, None, None, None,
-        Refusal(reason, finding.refusal.detail),
+        Refusal(Reason.TEXT_ONLY, finding.refusal.detail),
     )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import string
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .codes import Source, Tracked, aligned, reduce_dims, union
+from .codes import NONE, Source, Tracked, aligned, reduce_dims, union
 from .indexing import Shape
 from .movement import Rule, Value
 from .windows import convolution, pool
@@ -75,6 +76,24 @@ def tracked_in(args: Any) -> list[Tracked]:
 def elementwise(out: Shape, *args: Any, **kwargs: Any) -> Tracked:
     """Broadcast and merge all operands."""
     return union(out, tracked_in([args, kwargs]))
+
+
+def where(out: Shape, *args: Any, **kwargs: Any) -> Tracked:
+    """where: an element is either operand's, so these must hold the same tokens in its place."""
+    operands = tracked_in([args, kwargs])
+    for source in dict.fromkeys(s for x in operands for s in x.codes):
+        held = [aligned(x.codes[source], len(out)) for x in operands if source in x.codes]
+        if not all(_agree(a, b) for a, b in itertools.combinations(held, 2)):
+            raise NotImplementedError("a choice between tokens in different orders")
+    return union(out, operands)
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether codes are equal wherever both are some, along the sides that both depend on."""
+    for d in range(a.dim()):
+        if (a.shape[d] == 1) != (b.shape[d] == 1):
+            a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
+    return bool(((a == b) | (a == NONE) | (b == NONE)).all())
 
 
 def linear(out: Shape, x: Tracked, *_: Any, **__: Any) -> Tracked:
@@ -237,6 +256,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["matmul", "bmm", "mm", "__matmul__"], matmul),
     **dict.fromkeys(["baddbmm", "addmm", "addbmm"], baddbmm),
     "einsum": einsum,
+    "where": where,
     "embedding": embedding,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,

@@ -15,18 +15,27 @@ from torch import fx
 
 from .codes import NONE, Source, SourceKind
 from .partition import confirms_grid, grid_from_groupings, groupings
-from .positions import Evidence, Part, PositionInput, position_rows
+from .positions import Evidence, Part, PositionInput, batch_axis, position_elements
 from .token_map import TokenMap, coordinates, varying_axes
 
 Grid = tuple[int, int, int]
 
 
+def spelled(grid: Grid) -> str:
+    """ "5x6x10", as reasons and reports write it."""
+    return "x".join(map(str, grid))
+
+
 @dataclass(frozen=True)
 class Given:
-    """Grids of consecutive video segments, in the order of the sequence, and who named them."""
+    """Grids of consecutive video segments, in the order of the sequence, and who named them.
+
+    measured: they were read from the latent, so that they are beyond doubt.
+    """
 
     grids: tuple[Grid, ...]
     evidence: Evidence
+    measured: bool = False
 
     @property
     def tokens(self) -> int:
@@ -34,8 +43,7 @@ class Given:
         return sum(math.prod(grid) for grid in self.grids)
 
     def __str__(self) -> str:
-        sides = " + ".join("x".join(map(str, grid)) for grid in self.grids)
-        return f"{self.evidence.value} {sides}"
+        return f"{self.evidence.value} {' + '.join(map(spelled, self.grids))}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +76,7 @@ class Positions:
     rows: torch.Tensor
     node: fx.Node
     axis: int
+    batch: int | None = None
 
     @property
     def of_text(self) -> bool:
@@ -135,7 +144,7 @@ def _places_by_position(given: Given, known: Positions) -> list[Place]:
     count, wanted = known.rows.shape[0], given.tokens
     parts = {Part.ALL: 0} if count == wanted else {Part.FIRST: 0, Part.LAST: count - wanted}
     return [
-        Place(known.start + offset, PositionInput(known.node, known.axis, part))
+        Place(known.start + offset, PositionInput(known.node, known.axis, part, batch=known.batch))
         for part, offset in parts.items()
         if count >= wanted and confirms(given.grids, known.rows[offset : offset + wanted])
     ]
@@ -173,12 +182,13 @@ def position_values(
         start, stop = int(held[0]), int(held[-1]) + 1
         rows = columns[start:stop].amax(1)
         axes = varying_axes(source, rows)
-        if stop - start != held.numel() or len(axes) != 1:
+        if stop - start != held.numel() or len(axes) != 1 or batch_axis(tokens, source) == axes[0]:
             continue
         side = source.shape[axes[0]]
         if torch.equal(coordinates(source, rows)[axes[0]], torch.arange(side)):
-            read = position_rows(value, axes[0])
-            found.append(Positions(start, read, node, axes[0]))
+            batch = batch_axis(tokens, source)
+            read = position_elements(value, axes[0], batch)[0]
+            found.append(Positions(start, read, node, axes[0], batch))
     return found
 
 

@@ -7,6 +7,7 @@ graph alone. Where it is an input its values hold for this call only, and are no
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _NEVER = frozenset(
     randint_like randperm normal bernoulli multinomial dropout feature_dropout item
     tolist""".split()
 )
-"""Operations whose result is not a function of the values they are given."""
+"""Operations whose result is not a function of the values they are given, besides random ones."""
 
 _EXPANDING = frozenset(["expand", "expand_as", "broadcast_to"])
 """Views that take no memory, however large."""
@@ -52,7 +53,10 @@ def known_result(node: fx.Node, name: str, args: Any, kwargs: Any) -> Any:
     args, kwargs: the node's arguments with tensors replaced by `Tracked`.
     """
     recorded = example(node)
-    if name.rstrip("_") in _NEVER or _is_symbolic(recorded) or _takes_symbols(node):
+    plain_name = name.rstrip("_")
+    if plain_name in _NEVER or _draws(plain_name):
+        return None
+    if _is_symbolic(recorded) or _takes_symbols(node):
         return None
     if name == "expand_as" and args[0].known is not None:
         return args[0].known.expand(args[1].shape)  # of the other only the shape counts
@@ -71,6 +75,16 @@ def known_result(node: fx.Node, name: str, args: Any, kwargs: Any) -> Any:
     except _FAILURES:
         return None
     return _checked(result, recorded)
+
+
+@lru_cache(maxsize=1024)
+def _draws(name: str) -> bool:
+    """Whether torch tags the ATen operator of this name as one that draws random numbers."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+        for overload in packet.overloads()
+    )
 
 
 def known_assignment(

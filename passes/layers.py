@@ -36,8 +36,11 @@ def module_path(recorded: str) -> str:
 def find_layer(vectors: Sequence[tuple[str, int]], node: fx.Node) -> Layer:
     """The layer of an attention call in the main graph. vectors: its `vector_parameters`."""
     name = layer_name(node)
-    if name is None:
-        return Layer(None, ())
+    return Layer(None, ()) if name is None else layer_named(vectors, name)
+
+
+def layer_named(vectors: Sequence[tuple[str, int]], name: str) -> Layer:
+    """The layer of that name. vectors: the main graph's `vector_parameters`."""
     prefix = name
     while True:
         inside = [
@@ -63,14 +66,21 @@ def vector_parameters(gm: fx.GraphModule) -> list[tuple[str, int]]:
     """(module path, input position) of the graph's floating 1-D parameters."""
     found = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        source = getattr(node, "_dynamo_source", None)
+        path = parameter_path(node)
         value = node.meta.get("example_value")
-        if source is None or not isinstance(value, torch.Tensor) or value.dim() != 1:
+        if path is None or not isinstance(value, torch.Tensor) or value.dim() != 1:
             continue
-        if not value.is_floating_point() or "_parameters" not in source_name(source):
-            continue
-        found.append((module_path(source_name(source)), place))
+        if value.is_floating_point():
+            found.append((path, place))
     return found
+
+
+def parameter_path(node: fx.Node) -> str | None:
+    """Path of the parameter that an input of the main graph holds; None if it is none."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None or "_parameters" not in source_name(source):
+        return None
+    return module_path(source_name(source))
 
 
 def source_name(source: object) -> str:

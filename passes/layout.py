@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .codes import NONE, Source, SourceKind
-from .given import Given, Grid, Span, find_place, position_values
+from .given import Given, Grid, Span, find_place, position_values, spelled
 from .positions import Evidence, Part, PositionInput, Told, position_grids
 from .reasons import Reason, Refusal
 from .runs import Run, filled_runs, split_at, with_grids
@@ -234,7 +234,9 @@ def _conflict(grid: Grid, told: Told, raster: bool = True) -> Refusal | None:
             continue
         other = say.found.grid
         if other != grid and (raster or sorted(other) != sorted(grid)):
-            return Refusal(Reason.GRID_CONTRADICTED, f"{grid}, but {evidence.value}: {other}")
+            return Refusal(
+                Reason.GRID_CONTRADICTED, f"{spelled(grid)}, but {evidence.value} {spelled(other)}"
+            )
     return None
 
 
@@ -242,7 +244,7 @@ def _unnamed(grids: list[Grid], given: Given | None) -> Refusal | None:
     """A refusal if the option names a grid that is not one of those found."""
     if given is None or given.evidence is not Evidence.OPTION or set(given.grids) <= set(grids):
         return None
-    found = ", ".join(str(grid) for grid in grids)
+    found = ", ".join(map(spelled, grids))
     return Refusal(Reason.GRID_CONTRADICTED, f"{found}, but {given}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ def operation_name(node: fx.Node) -> str:
         return _plain_name(target._qualified_op_name)
     if isinstance(target, CustomOpDef):
         return target._qualname
-    return str(getattr(target, "__name__", target))
+    name = str(getattr(target, "__name__", target))
+    home = target.__module__ if isinstance(target, FunctionType) else "torch"
+    # what a library's own function does, its name does not tell
+    return name if home.partition(".")[0] == "torch" else f"{home}::{name}"
 
 
 def _plain_name(qualified: str) -> str:
@@ -56,7 +60,10 @@ def written_operands(node: fx.Node) -> Iterator[fx.Node]:
     """The operands that an operation's schema, or its `out`, says it writes to."""
     out = node.kwargs.get("out")
     yield from (x for x in _flat(out) if isinstance(x, fx.Node))
-    if operation_name(node) == _KERNELS:
+    name, first = operation_name(node), node.args[0] if node.args else None
+    if is_in_place(name) and isinstance(first, (tuple, list)):  # many tensors at once
+        yield from (x for x in _flat(first) if isinstance(x, fx.Node))
+    if name == _KERNELS:
         yield from (x for x in _flat(node.kwargs) if isinstance(x, fx.Node))
     for schema in _schemas(node.target):
         for place, argument in enumerate(schema.arguments):

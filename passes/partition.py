@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -43,7 +44,7 @@ def groupings(columns: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
     Columns that group a sample of the rows alike are taken to group all of them alike.
     """
     count = columns.shape[0]
-    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+    sample = _places(count)
     found: dict[tuple[int, ...], tuple[torch.Tensor, int]] = {}
     for place, column in enumerate(columns.unbind(1)):
         probe = column[sample]
@@ -92,6 +93,18 @@ def _by_first_appearance(labels: torch.Tensor) -> torch.Tensor:
     return rank[labels]
 
 
+@lru_cache(maxsize=64)
+def _places(count: int) -> torch.Tensor:
+    """The rows of a sample, the same ones for every tensor of `count` rows."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(count, generator=generator, device="cpu")[:_SAMPLE]
+
+
+def sampled(rows: torch.Tensor) -> torch.Tensor:
+    """A random sample of (N, F) rows, on the CPU."""
+    return rows[_places(rows.shape[0]).to(rows.device)].cpu()
+
+
 def confirms_grid(rows: torch.Tensor, grid: tuple[int, int, int]) -> bool:
     """Whether positions (N, F) agree with a raster grid on a random sample of their rows.
 
@@ -100,11 +113,10 @@ def confirms_grid(rows: torch.Tensor, grid: tuple[int, int, int]) -> bool:
     tokens = grid[0] * grid[1] * grid[2]
     if rows.shape[0] != tokens:
         return False
-    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:_SAMPLE]
-    columns = rows[sample.to(rows.device)].cpu()
+    sample = _places(tokens)
     seen = {
         tuple(_by_first_appearance(torch.unique(c, return_inverse=True)[1]).tolist())
-        for c in columns.unbind(1)
+        for c in sampled(rows).unbind(1)
     }
     places = (sample // (grid[1] * grid[2]), sample // grid[2] % grid[1], sample % grid[2])
     return all(

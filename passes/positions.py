@@ -45,15 +45,17 @@ class PositionInput:
     """A graph input whose rows along `axis`, or the first or last of them, are the video tokens.
 
     rows: (first, last + 1) of the video's rows where they are told by number; sizes are then fixed.
-    others: further inputs, with their axes, whose rows belong to the same tokens: together they
-        tell the grid where none does alone.
+    others: further inputs, with `axis` and `batch`, whose rows belong to the same tokens: together
+        they tell the grid where none does alone.
+    batch: the axis along which every batch element has rows of its own; None where they share them.
     """
 
     node: fx.Node
     axis: int
     part: Part = Part.ALL
     rows: tuple[int, int] | None = None
-    others: tuple[tuple[fx.Node, int], ...] = ()
+    others: tuple[tuple[fx.Node, int, int | None], ...] = ()
+    batch: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,22 +88,23 @@ def position_grids(
     placeholder, real tensors where they can be read.
     """
     told: Told = {}
-    whole: list[tuple[list[torch.Tensor], fx.Node, int]] = []
+    whole: list[_Whole] = []
     made: list[tuple[torch.Tensor, tuple[Source, int]]] = []
     for source, columns in tokens.positional.items():
         if source.kind is not SourceKind.INPUT:
             made += _axis_groupings(source, columns[rows])
             continue
         holder = holders[source.root]
-        read = _value_groupings(source, columns[rows], values.get(holder))
+        batch = batch_axis(tokens, source)
+        read = _value_groupings(source, columns[rows], values.get(holder), batch)
         held = told.get(Evidence.VALUES)
         if read is not None and (held is None or held.found is None):
             labels, axis, part = read
-            position = PositionInput(holder, axis, rows=part)
+            position = PositionInput(holder, axis, rows=part, batch=batch)
             grid = grid_from_groupings(labels)
             told[Evidence.VALUES] = Say(grid, (), position, reads=source.reads)
             if part is None and not source.reads:
-                whole.append((labels, holder, axis))
+                whole.append((labels, holder, axis, batch))
     if len(whole) > 1 and told[Evidence.VALUES].found is None:
         told[Evidence.VALUES] = _together(whole)
     if made:
@@ -114,12 +117,21 @@ def position_grids(
     return told
 
 
-def _together(whole: list[tuple[list[torch.Tensor], fx.Node, int]]) -> Say:
+_Whole = tuple[list[torch.Tensor], fx.Node, int, int | None]
+"""Groupings by an input all of whose rows are the tokens, the input, its axes of rows and batch."""
+
+
+def _together(whole: list[_Whole]) -> Say:
     """What several position inputs say about the same tokens, such as one input per axis."""
-    grid = grid_from_groupings([labels for found, _, _ in whole for labels in found])
-    (_, node, axis), *others = whole
-    position = PositionInput(node, axis, others=tuple((n, a) for _, n, a in others))
-    return Say(grid, (), position)
+    grid = grid_from_groupings([labels for found, *_ in whole for labels in found])
+    (_, node, axis, batch), *others = whole
+    further = tuple((n, a, b) for _, n, a, b in others)
+    return Say(grid, (), PositionInput(node, axis, others=further, batch=batch))
+
+
+def batch_axis(tokens: TokenMap, source: Source) -> int | None:
+    """The first axis of a source along which batch elements have positions of their own."""
+    return min(tokens.batch_axes.get(source, ()), default=None)
 
 
 def _axis_groupings(
@@ -138,7 +150,7 @@ def _axis_groupings(
 
 
 def _value_groupings(
-    source: Source, columns: torch.Tensor, value: object
+    source: Source, columns: torch.Tensor, value: object, batch: int | None
 ) -> tuple[list[torch.Tensor], int, tuple[int, int] | None] | None:
     """Groupings by the values of a positional input whose rows are the run's tokens in order.
 
@@ -146,7 +158,7 @@ def _value_groupings(
     """
     rows = columns.amax(1)
     axes = varying_axes(source, rows)
-    if bool((rows == NONE).any()) or len(axes) != 1:
+    if bool((rows == NONE).any()) or len(axes) != 1 or batch == axes[0]:
         return None
     places = coordinates(source, rows)[axes[0]]
     first, last = int(places[0]), int(places[-1]) + 1
@@ -154,17 +166,37 @@ def _value_groupings(
         return None
     if not isinstance(value, torch.Tensor) or torch._subclasses.fake_tensor.is_fake(value):
         return None
-    read = position_rows(value, axes[0])[first:last]
+    read, *others = (
+        [labels for labels, _ in groupings(element[first:last])]
+        for element in position_elements(value, axes[0], batch)
+    )
+    if not all(_same_groupings(read, other) for other in others):
+        return None
     part = None if last - first == source.shape[axes[0]] else (first, last)
-    return [labels for labels, _ in groupings(read)], axes[0], part
+    return read, axes[0], part
+
+
+def _same_groupings(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def position_rows(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """(N, F) rows of a positional tensor along `axis`, first batch element, complex as pairs."""
+    """(N, F) rows of a positional tensor along `axis`, complex as pairs."""
     if value.is_complex():
         value = torch.view_as_real(value)
     value = value.detach().movedim(axis, 0)
     return value.reshape(value.shape[0], -1)
+
+
+def position_elements(value: torch.Tensor, axis: int, batch: int | None) -> list[torch.Tensor]:
+    """(N, F) rows as `position_rows` gives them, of every element along `batch`. Equal elements
+    are one."""
+    if batch is None:
+        return [position_rows(value, axis)]
+    axis -= batch < axis
+    first, *others = value.unbind(batch)
+    distinct = [first, *(other for other in others if not torch.equal(first, other))]
+    return [position_rows(element, axis) for element in distinct]
 
 
 def _distinct(

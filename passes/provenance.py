@@ -209,7 +209,11 @@ class Provenance:
             child = base
         for member in self._aliases.family(target):
             base = self._aliases.base(member)
-            if member in path or base is None:
+            if member in path:
+                continue
+            if base is None:  # two inputs that share memory in a way the graph does not show
+                self.unknown.add("a write to an input that another input is a view of")
+                self.values[member] = compute.nothing(result_shapes(example(member)) or ())
                 continue
             name = operation_name(member)
             if member.op == "placeholder" or is_in_place(name) or compute.is_elementwise(name):

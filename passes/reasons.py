@@ -15,6 +15,7 @@ class Reason(Enum):
     ONE_FRAME = "self-attention over one frame, not over a video"
     NO_GRID = "self-attention whose T x H x W token grid the graph does not show"
     NO_PROVENANCE = "the tokens of q, k and v could not be followed through the graph"
+    TOKENS_DIFFER = "queries and keys share tokens, but are not the same tokens in one order"
     GRID_CONTRADICTED = "two sources of evidence, or the option `grid`, disagree about the grid"
     TOKEN_ORDER = "the video tokens are not in raster order"
     UNPROVEN_SIZES = "the grid is known but not as an expression of the graph's symbolic sizes"
@@ -80,6 +81,8 @@ _REMEDIES = {
     "NO_PROVENANCE": "the report's `unknown` names the operations that were not followed: write "
     "them with plain torch operations; where the graph breaks (TORCH_LOGS=graph_breaks shows it), "
     "keep projections and attention in one graph",
+    "TOKENS_DIFFER": "compile the whole model instead of its blocks; where it attends to parts of "
+    "the sequence, nothing helps",
     "GRID_CONTRADICTED": "leave out option `grid`, or correct it: it counts tokens after "
     "patching, (frames, height, width)",
     "TOKEN_ORDER": "hand the tokens over in raster order (frame by frame, row by row)",

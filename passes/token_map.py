@@ -30,13 +30,15 @@ class TokenMap:
 
     tokens: length of q (hint). before, after: keys and values beyond q's tokens on either side.
     content: per source that reaches v, the (N,) codes of q's tokens in the first batch element.
-    positional: per source that reaches q and k but not v, its (N, F) codes.
+    positional: per source that only steers the weights, its (N, F) codes. It reaches q and k but
+        not v, or only q, or only k, and what it is added to has tokens of its own.
     same: q, k and v hold the same tokens in the same order, but for the keys before and after.
     paired: k and v have a source in common; without one they come from separate inputs and nothing
         is known. asked: q comes from an input.
-    batch_axes: per content source, its axes that vary over the batch side.
+    batch_axes: per source, its axes that vary over the batch side.
     by_head: the tokens differ from head to head. by_batch: their order differs in the batch.
     apart: q is one token, or comes from other inputs than k and v, which share one.
+    shared: some of q's tokens are among the keys or values.
     """
 
     tokens: int
@@ -49,6 +51,7 @@ class TokenMap:
     by_head: bool
     by_batch: bool
     apart: bool
+    shared: bool
     before: int = 0
     after: int = 0
 
@@ -68,13 +71,14 @@ def token_map(
         for s in rows[0]
         if s in rows[1] and (s not in rows[2] or s.kind is not SourceKind.INPUT)
     }
+    of_q, of_k = _steering(*rows)
     # a batch made of a list of samples: an input for every batch element
     twins = [s for s, c in views[2].items() if s.kind is SourceKind.INPUT and _starts_later(c)]
     named = dict.fromkeys(
         s
         for row in (*rows, twins)
         for s in row
-        if s.kind is SourceKind.INPUT and s not in positional
+        if s.kind is SourceKind.INPUT and s not in (*positional, *of_q, *of_k)
     )
     lengths = [x.shape[o.axes.index("n")] for x, o in zip((q, k, v), axes, strict=True)]
     start = None
@@ -87,6 +91,8 @@ def token_map(
     content = {s: rows[2][s][window] for s in content_sources}
     if start is not None:
         content = {s: row for s, row in content.items() if bool((row != NONE).any())}
+        positional |= {s: _columns(views[0][s]) for s in of_q}
+        positional |= {s: _columns(views[1][s])[window] for s in of_k}
     return TokenMap(
         lengths[0],
         content,
@@ -94,12 +100,15 @@ def token_map(
         start is not None,
         any(s in rows[1] for s in content_sources),
         any(s.kind is SourceKind.INPUT for s in rows[0]),
-        {s: _batch_axes(s, views[2][s]) for s in content},
+        {s: _batch_axes(s, views[2][s]) for s in content}
+        | {s: _batch_axes_by_last(s, (views[0] | views[1])[s]) for s in positional},
         not all(_alike(view[s]) for view in views for s in content if s in view),
         not all(
             _even(views[2][s], [views[2][t] for t in twins if t.shape == s.shape]) for s in content
-        ),
+        )
+        or not all(_evenly_placed(view[s]) for view in views[:2] for s in positional if s in view),
         lengths[0] == 1 or _are_apart(*views),
+        _share_tokens(rows[0], [s for s in named if s in rows[0]], rows[1], rows[2]),
         before,
         0 if start is None else lengths[1] - before - lengths[0],
     )
@@ -108,6 +117,46 @@ def token_map(
 def _are_apart(*views: Mapping[Source, torch.Tensor]) -> bool:
     q, k, v = ({s.root for s in view if s.kind is SourceKind.INPUT} for view in views)
     return bool(q and k & v and not q & (k | v))
+
+
+_Rows = Mapping[Source, torch.Tensor]
+"""Per source, (N,) codes."""
+
+
+def _steering(q: _Rows, k: _Rows, v: _Rows) -> tuple[list[Source], list[Source]]:
+    """Inputs that reach only q, and only k, where tokens that v holds too stand in every place of
+    theirs: queries and keys may be turned by tables of their own."""
+    held = [s for s in k if s in v and s.kind is SourceKind.INPUT]
+    both = [s for s in held if s in q]
+
+    def alone(row: _Rows, others: Sequence[_Rows], tokens: Sequence[Source]) -> list[Source]:
+        roots = {s.root for other in others for s in other}
+        return [
+            s
+            for s, codes in row.items()
+            if s.kind is SourceKind.INPUT
+            and s.root not in roots
+            and tokens
+            and bool(((codes == NONE) | _held(row, tokens)).all())
+        ]
+
+    return alone(q, (k, v), both), alone(k, (q, v), held)
+
+
+def _held(rows: _Rows, sources: Sequence[Source]) -> torch.Tensor:
+    """(N,) bool: where a token of any of the sources stands."""
+    return torch.stack([rows[s] != NONE for s in sources]).any(0)
+
+
+def _share_tokens(q: _Rows, sources: Sequence[Source], *others: _Rows) -> bool:
+    """Whether a token that q holds of one of the sources is among those of `others`."""
+    return any(
+        bool(torch.isin(q[s][q[s] != NONE], codes).any())
+        for s in sources
+        for row in others
+        for other, codes in row.items()
+        if other.root is s.root
+    )
 
 
 _Lines = list[torch.Tensor]
@@ -174,6 +223,14 @@ def _even(codes: torch.Tensor, twins: Sequence[torch.Tensor]) -> bool:
     return bool((moved == moved[:1])[:, held].all()) and bool((rows[:, ~held] == NONE).all())
 
 
+def _evenly_placed(codes: torch.Tensor) -> bool:
+    """Whether all batch elements hold positions in the order of the first, one offset apart."""
+    if codes.shape[0] == 1:
+        return True
+    moved = torch.where(codes == NONE, NONE, codes.amax(2, keepdim=True) - codes)
+    return bool((moved == moved[:1]).all())
+
+
 def _varies(codes: torch.Tensor) -> bool:
     """Whether the codes of the first batch element and head change along the sequence."""
     if codes.shape[2] == 1:
@@ -197,6 +254,13 @@ def _batch_axes(source: Source, codes: torch.Tensor) -> frozenset[int]:
     if codes.shape[0] == 1 or bool((firsts == NONE).all()):
         return frozenset()
     return frozenset(varying_axes(source, firsts[firsts != NONE]))
+
+
+def _batch_axes_by_last(source: Source, codes: torch.Tensor) -> frozenset[int]:
+    lasts = codes.amax((1, 2, 3))
+    if codes.shape[0] == 1 or bool((lasts == NONE).any()):
+        return frozenset()
+    return frozenset(varying_axes(source, lasts))
 
 
 def coordinates(source: Source, codes: torch.Tensor) -> list[torch.Tensor]:

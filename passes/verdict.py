@@ -48,6 +48,7 @@ class Dimensions:
     heads: int
     kv_heads: int
     tokens: int
+    keys: int
     head_dim: int
     dtype: torch.dtype
     device: str
@@ -73,7 +74,7 @@ def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) 
         broken = "k and v enter apart: the graph breaks between projections and attention"
         return Refusal(Reason.NO_PROVENANCE, f"not followed: {names}" if names else broken)
     if not tokens.same:
-        return Refusal(Reason.CROSS_ATTENTION)
+        return Refusal(Reason.TOKENS_DIFFER if tokens.shared else Reason.CROSS_ATTENTION)
     if tokens.by_head:
         return Refusal(Reason.HEAD_SPLIT_UNPROVEN, "tokens differ from head to head")
     if tokens.by_batch:
@@ -91,6 +92,8 @@ def judge_call(
     """Can this self-attention run sparse as it is called?"""
     few = policy.min_tokens(dims.device)
     if isinstance(layout, Refusal):
+        if layout.reason is Reason.NO_GRID and _too_short(dims, policy.given):
+            return Refusal(Reason.TEXT_ONLY, f"{dims.tokens} tokens cannot hold {policy.given}")
         if layout.reason is Reason.NO_GRID and dims.tokens < few:
             return Refusal(Reason.TOO_FEW_TOKENS, f"{dims.tokens} tokens, break-even {few}")
         return layout
@@ -116,6 +119,12 @@ def judge_call(
         usual = policy.verify(dims.device, dims.dtype, 64, video)
         return Refusal(Reason.HEAD_DIM if usual.ok else Reason.DTYPE, answer.reason)
     return None
+
+
+def _too_short(dims: Dimensions, given: Given | None) -> bool:
+    """Whether a video of the grid that was measured is longer than all samples of the call; they
+    may be its windows. A grid that a user names may be a mistake, which must not pass for this."""
+    return given is not None and given.measured and dims.batch * dims.keys < given.tokens
 
 
 def judge_layer(layer: Layer, index: int, dims: Dimensions, policy: Policy) -> Refusal | None:

@@ -107,6 +107,24 @@ def test_a_whole_model_may_be_attached_too() -> None:
     assert told_grids() is None
 
 
+def test_it_says_when_it_comes_too_late(caplog: pytest.LogCaptureFixture) -> None:
+    name = "cogvideox 2b"
+    model, inputs = made(name)
+    compile_blocks(model, name)
+    dense = run(model, inputs)
+    caplog.clear()
+    veda_compile.attach(model)
+    (message,) = [r.message for r in caplog.records if "veda_compile.attach" in r.message]
+    assert "2 attention calls of CogVideoXTransformer3DModel" in message
+    assert "torch.compiler.reset()" in message
+    assert torch.equal(run(model, inputs), dense)
+    torch.compiler.reset()
+    assert distance(run(model, inputs), dense) > 100 * EXACT
+    caplog.clear()
+    veda_compile.attach(made(name)[0])
+    assert not caplog.records
+
+
 WINDOWS = {
     "helios": (Extra(162), Video(*LANDSCAPE)),
     "framepack": (Extra(159), Video(*LANDSCAPE), Extra(14)),

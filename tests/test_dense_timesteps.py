@@ -35,7 +35,8 @@ from benchmarks.zoo import entry
 from veda_compile import OptionsError, backend
 from veda_compile.passes.layers import source_name
 from veda_compile.passes.timestep import TimestepInput, find_timestep, insert_keep_all
-from veda_compile.told_timestep import forget_timestep, tell_timestep, told_keep_all
+from veda_compile.told import Told, enter, leave
+from veda_compile.told_timestep import told_keep_all
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "fresh_counters")
 
@@ -245,32 +246,38 @@ def _inner_graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
 def test_blocks_compiled_alone_are_told() -> None:
     model = wan(layers=2)
     inputs = wan_inputs(GRID)
-    dense = run(model, at(inputs, 900))
+    dense = {time: run(model, at(inputs, time)) for time in (900, 100, 950)}
+    attachment = veda_compile.attach(model)
     for block in model.blocks:
         block.compile(backend="veda", options={**OPTIONS, "dense_timesteps": 0.3})
     for time, expected in ((900, True), (100, False), (950, True)):
-        token = tell_timestep(torch.tensor([time]))
-        try:
-            with sparse_calls() as calls:
-                out = run(model, at(inputs, time))
-        finally:
-            forget_timestep(token)
+        with sparse_calls() as calls:
+            out = run(model, at(inputs, time))
         assert [bool(c.keep_all) for c, _ in calls if c.keep_all is not None] == [expected] * 2
-        if time == 900:
-            assert distance(out, dense) <= EXACT
+        assert (distance(out, dense[time]) <= EXACT) is expected
     assert counters["stats"]["unique_graphs"] == 1
+    attachment.remove()
     with pytest.raises(OptionsError, match=r"dense_timesteps: .* tells none"):
         run(model, inputs)
 
 
+def test_blocks_that_are_not_told_name_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    model = wan(layers=2)
+    model.blocks[0].compile(backend="veda", options={**OPTIONS, "dense_timesteps": 0.3})
+    run(model, wan_inputs(GRID))
+    (message,) = [r.message for r in caplog.records if "dense_timesteps" in r.message]
+    assert "veda_compile.attach(model)" in message
+    assert "veda_compile.attach(model)" in str(veda_compile.report().sites[0].explanation)
+
+
 def test_told_timesteps_nest() -> None:
-    outer = tell_timestep(torch.tensor(900.0))
-    inner = tell_timestep(torch.tensor([100.0, 50.0]))
+    enter("outer", Told(timestep=torch.tensor(900.0)))
+    enter("inner", Told(timestep=torch.tensor([100.0, 50.0])))
     assert not bool(told_keep_all(0.7, torch.device("cpu")))
-    forget_timestep(inner)
+    leave("inner")
     assert bool(told_keep_all(0.7, torch.device("cpu")))
     assert not bool(told_keep_all(0.95, torch.device("cpu")))
-    forget_timestep(outer)
+    leave("outer")
     with pytest.raises(OptionsError, match="tells none"):
         told_keep_all(0.7, torch.device("cpu"))
 

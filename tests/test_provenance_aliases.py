@@ -119,7 +119,7 @@ def test_keys_that_a_write_moves_are_no_longer_the_queries() -> None:
         return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None])
 
     out, (site,) = run(model, latents())
-    assert site.reason == "CROSS_ATTENTION"
+    assert site.reason == "TOKENS_DIFFER"
     assert torch.equal(out, model(latents()))
 
 

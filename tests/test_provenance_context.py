@@ -108,15 +108,65 @@ def test_some_frames_that_ask_all_frames() -> None:
 @pytest.mark.parametrize(
     ("order", "queries", "reason"),
     [
-        ("xx", "x", "CROSS_ATTENTION"),  # which copy is meant?
+        ("xx", "x", "TOKENS_DIFFER"),  # which copy is meant?
         ("t", "x", "CROSS_ATTENTION"),
         ("tc", "x", "CROSS_ATTENTION"),
-        ("xt", "tx", "CROSS_ATTENTION"),
-        ("xct", "xt", "CROSS_ATTENTION"),  # no one part of the keys
+        ("xt", "tx", "TOKENS_DIFFER"),
+        ("xct", "xt", "TOKENS_DIFFER"),  # no one part of the keys
     ],
 )
 def test_queries_that_are_no_part_of_the_keys(order: str, queries: str, reason: str) -> None:
     model, args = cached(order, queries), (latents(), *others(cache=TOKENS))
     out, (site,) = run(model, *args)
     assert site.reason == reason
+    assert torch.equal(out, model(*args))
+
+
+class Turned(nn.Module):
+    """A block whose queries and cached keys are turned by tables that enter apart."""
+
+    def __init__(self, share_values: bool = False) -> None:
+        super().__init__()
+        self.share_values = share_values
+        self.to_q, self.to_k, self.to_v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, cache: Tensor, of_q: Tensor, of_k: Tensor) -> Tensor:
+        k, v = (
+            torch.cat([cache[i], layer(x)], 1) for i, layer in enumerate((self.to_k, self.to_v))
+        )
+        q, k = self.to_q(x) * 4 * of_q, k * of_k
+        v = v * of_k if self.share_values else v
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def turned() -> tuple[Tensor, ...]:
+    """Tokens, a cache, and the tables of queries and of keys."""
+    cache, _ = others()
+    places = torch.cartesian_prod(*(torch.arange(side).float() for side in GRID))
+    of_x = torch.cos(places.repeat(1, 11)[:, :32])[None]
+    of_k = torch.cat([torch.ones(1, CACHE, 32), of_x], 1)
+    return torch.randn(1, TOKENS, 32), cache, of_x, of_k
+
+
+def test_tables_of_their_own_turn_queries_and_keys() -> None:
+    model, args = Turned().eval().requires_grad_(False), turned()
+    with sparse_calls() as calls:
+        out, (site,) = run(model, *args)
+    assert (site.rewritten, site.grid) == (True, GRID)
+    assert calls[0][0].layout == Layout.of(Context(CACHE), VIDEO)
+    torch.testing.assert_close(out, model(*args), atol=2e-5, rtol=0.0)
+
+
+def test_values_that_hold_more_than_the_queries_are_not_called_harmless() -> None:
+    model, args = Turned(share_values=True).eval().requires_grad_(False), turned()
+    out, (site,) = run(model, *args)
+    assert (site.reason, site.harmless) == ("TOKENS_DIFFER", False)
+    assert torch.equal(out, model(*args))
+
+
+def test_as_many_other_tokens_in_the_place_of_the_cache() -> None:
+    model, args = cached("cx", "tx"), (latents(), *others(cache=5))
+    out, (site,) = run(model, *args)
+    assert site.reason == "TOKENS_DIFFER"
     assert torch.equal(out, model(*args))

@@ -69,7 +69,7 @@ def test_the_demo_reports_and_draws_what_it_measured(model_folder, tmp_path):
     assert result["options"]["min_tokens"] == 0
 
     assert "min_tokens=0 makes it go sparse" in " ".join(done.stdout.split())
-    for shown in ("blocks.1.attn1", "CROSS_ATTENTION", "PSNR", "speed-up"):
+    for shown in ("blocks.0..1.attn1 x2", "CROSS_ATTENTION", "PSNR", "speed-up"):
         assert shown in done.stdout
 
     frames = iio.imread(tmp_path / "side_by_side.mp4", plugin="pyav")

@@ -91,6 +91,10 @@ def test_a_nan_reaches_exactly_the_named_rows(entry: Entry) -> None:
                         assert codes is not None
                         named = _named_rows(codes, operand, source, element)
                         rows = nan_rows(value, operand)
+                        # a length that only data tells was guessed, and its tail is text
+                        count = min(named.shape[-1], rows.shape[-1])
+                        assert not rows[:, count:].any()
+                        named, rows = named[..., :count], rows[:, :count]
                         assert torch.equal(named.expand_as(rows), rows), (source.name, element)
                     checked += 1
     assert checked >= entry.sites * PROBES or len(graphs) > 1  # breaks hide where tokens come from

@@ -141,21 +141,21 @@ OTHER_SAMPLES = [
 @pytest.mark.parametrize("batch", [1, T])
 def test_another_video_of_the_same_grid(attend: Callable[..., Tensor], batch: int) -> None:
     sites = left(odd(attend), latents(batch=batch), latents(batch=batch) * 2.0)
-    assert {site.reason for site in sites} <= {"CROSS_ATTENTION", "NO_PROVENANCE"}
+    assert {site.reason for site in sites} <= {"CROSS_ATTENTION", "NO_PROVENANCE", "TOKENS_DIFFER"}
 
 
 @pytest.mark.parametrize("attend", OTHER_TOKENS, ids=name_of)
 @pytest.mark.parametrize("batch", [1, T])
 def test_keys_are_other_tokens_of_the_same_video(attend: Callable[..., Tensor], batch: int) -> None:
     sites = left(odd(attend), latents(batch=batch))
-    known = {"CROSS_ATTENTION", "NO_PROVENANCE"}
+    known = {"CROSS_ATTENTION", "NO_PROVENANCE", "TOKENS_DIFFER"}
     assert {site.reason for site in sites} <= known | {"ONE_FRAME"}
 
 
 @pytest.mark.parametrize("attend", OTHER_SAMPLES, ids=name_of)
 def test_keys_of_another_sample_of_the_batch(attend: Callable[..., Tensor]) -> None:
     sites = left(odd(attend), latents(batch=3))
-    known = {"CROSS_ATTENTION", "NO_PROVENANCE"}
+    known = {"CROSS_ATTENTION", "NO_PROVENANCE", "TOKENS_DIFFER"}
     assert {site.reason for site in sites} <= known | {"FACTORISED"}
 
 

@@ -9,7 +9,8 @@ import torch
 from compiling import QUICK, compiled, sparse_calls
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from toys import latents, toy
+from torch.nn import functional as F
+from toys import Video, latents, toy
 
 import veda_compile
 from benchmarks.zoo import call, entry
@@ -113,3 +114,27 @@ def test_compiling_changes_neither_the_model_nor_torch() -> None:
         torch.compile(model, backend="veda", options={**QUICK, "density": 0.3})(x)
     assert _settings() == settings
     assert _state(model) == state
+
+
+class LastFrameDropped(Video):
+    """Drops the last frame once the frames are one sequence: no size of the graph is T - 1."""
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        frame = x.shape[3] * x.shape[4]
+        return super().tokens(x)[:, :-frame]
+
+
+def test_a_grid_that_no_size_of_the_graph_tells() -> None:
+    model = LastFrameDropped(F.scaled_dot_product_attention).eval().requires_grad_(False)
+    x = latents((4, 4, 6))
+    for dynamic in (False, True):
+        torch.compiler.reset()
+        veda_compile.reset_report()
+        out = torch.compile(model, backend="veda", options={**QUICK, "density": 0.3},
+                            dynamic=dynamic)(x)  # fmt: skip
+        sites = veda_compile.report().sites
+        if dynamic:
+            assert {site.reason for site in sites} == {"UNPROVEN_SIZES"}
+            assert torch.equal(out, model(x))
+        else:
+            assert {site.grid for site in sites if site.rewritten} == {(3, 4, 6)}

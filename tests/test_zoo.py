@@ -19,8 +19,6 @@ GRID: Grid = (3, 4, 5)
 
 OPEN = {
     "wan animate 2 extract": "graph breaks between the projections and the attention",
-    "hunyuan 1.5": "the text refiner is alone in its graph, and said to lack a grid",
-    "hunyuan 1.5 i2v": "the text refiner is alone in its graph, and said to lack a grid",
     "framepack": "graph breaks before the blocks; four videos in one sequence",
     "framepack batch 2": "graph breaks before the blocks; four videos in one sequence",
     "sana wm frames": "graph break between the two attentions of a block",
@@ -29,8 +27,6 @@ OPEN = {
 """Truths about whole models that are not reached yet, and why."""
 
 OPEN_REGIONALLY = {
-    "anyflow far infer": "queries and cached keys enter the block's graph apart",
-    "mochi": "the text's length is unknown in the block's graph",
     "sana wm": "rays turn queries, keys and values by other matrices, all inputs of the block",
     "wan animate 2 extract": "graph breaks between the projections and the attention",
 }

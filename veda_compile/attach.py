@@ -1,7 +1,8 @@
-"""Attaching: one line that tells compiled blocks the token grid of the model call they are part of.
+"""Attaching: one line that tells compiled blocks about the model call they are part of.
 
 A block that is compiled alone sees a sequence of tokens. Mostly its rotary positions tell the grid.
-Where a model has none, or where they hold more than one video, only the model's own call knows.
+Where a model has none, or where they hold more than one video, only the model's own call knows; and
+only it knows the timestep.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call_grid import grid_of_call, patch_of
+from .call_grid import grid_of_call, patch_of, timestep_of_call
 from .errors import OptionsError, shown
+from .late_attach import warn_if_late
 from .passes.given import Grid
-from .told import Grids, enter, leave
+from .told import Grids, Told, enter, leave
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +26,12 @@ TellGrid = Callable[..., "Grid | Sequence[Grid] | None"]
 
 
 class Attachment:
-    """What `attach` returns. While it lasts, the model's calls tell their grid."""
+    """What `attach` returns. While it lasts, the model's calls tell their grid and timestep."""
 
-    def __init__(self, model: nn.Module, tell: TellGrid) -> None:
+    def __init__(self, model: nn.Module, tell: TellGrid, measured: bool = False) -> None:
+        """measured: `tell` reads the grid from the latent itself."""
         self._tell = tell
+        self._measured = measured
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -40,7 +44,8 @@ class Attachment:
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():  # a whole-model graph shows the grid itself
-            enter(self, _checked(self._tell(*args, **kwargs)))
+            grids = _checked(self._tell(*args, **kwargs))
+            enter(self, Told(grids, self._measured, timestep_of_call(_inner(model), args, kwargs)))
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -48,12 +53,14 @@ class Attachment:
 
 
 def attach(model: nn.Module, grid: Grid | TellGrid | str = "auto") -> Attachment:
-    """Let the compiled parts of `model` know the token grid of each of its calls.
+    """Let the compiled parts of `model` know the token grid and the timestep of each of its calls.
 
     Call it once, before the first call of the model; before or after `compile_repeated_blocks()`,
-    and on what `torch.compile` returns. It adds two hooks, and causes neither recompilation nor
+    and on what `torch.compile` returns. Graphs that were compiled dense before stay so: it logs a
+    warning if there are any. It adds two hooks, and causes neither recompilation nor
     graph breaks. What it tells is used only where a graph does not show the grid itself, and only
-    where it fits the number of tokens, and the rotary positions if there are any.
+    where it fits the number of tokens, and the rotary positions if there are any. The timestep, for
+    option `dense_timesteps`, is the call's argument `timestep` where that is a tensor.
 
     Args:
         model: the model whose call knows the grid: the whole transformer, not a block.
@@ -65,8 +72,9 @@ def attach(model: nn.Module, grid: Grid | TellGrid | str = "auto") -> Attachment
     Raises:
         OptionsError: `grid` is none of these, or "auto" cannot work for this model.
     """
+    warn_if_late(_inner(model))
     if grid == "auto":
-        return Attachment(model, _automatic(model))
+        return Attachment(model, _automatic(model), measured=True)
     if callable(grid):
         return Attachment(model, grid)
     if isinstance(grid, str):
@@ -76,7 +84,7 @@ def attach(model: nn.Module, grid: Grid | TellGrid | str = "auto") -> Attachment
 
 
 def _automatic(model: nn.Module) -> TellGrid:
-    inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile returns holds the model
+    inner = _inner(model)
     if patch_of(inner) is None:
         raise OptionsError(
             f"{type(inner).__name__} has no config with a patch_size, from which the grid could be "
@@ -99,6 +107,12 @@ def _automatic(model: nn.Module) -> TellGrid:
         return grid
 
     return tell
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model itself: what torch.compile returns holds it."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _checked(grid: Any) -> Grids | None:

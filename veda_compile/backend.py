@@ -23,9 +23,10 @@ from .known_inputs import KnownInput
 from .options import Options
 from .passes.analyse import Finding, analyse
 from .passes.layers import matches
+from .passes.owned_graph import own_copy
 from .passes.positions import Evidence
 from .passes.reasons import Reason
-from .passes.rewrite import PlanInputs, Rewriter, own_copy
+from .passes.rewrite import PlanInputs, Rewriter
 from .planner import Planner
 from .report import STORE, GraphRecord, SiteRecord
 from .report_log import log_graph
@@ -185,7 +186,8 @@ def _teller(gm: fx.GraphModule, finding: Finding, tellers: dict[object, GridTell
     if sizes.grids is None:
         position, evidence = layout.position_input, layout.evidence
         where = position and (
-            position.node, position.axis, position.part, position.rows, position.others
+            position.node, position.axis, position.part, position.rows, position.others,
+            position.batch,
         )  # fmt: skip
         key = (evidence, fixed, where)
         if evidence is Evidence.VALUES:

@@ -1,4 +1,4 @@
-"""The grid of a model call, from the arguments of the call and the model's configuration."""
+"""The grid and the timestep of a model call, from its arguments and the model's configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grid_of_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     They do if `hidden_states` is a 5-D latent, or packed tokens with num_frames, height and width.
     """
     patch = patch_of(model)
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given = _arguments(model, args, kwargs)
     latent = given.get("hidden_states")
     if patch is None or not isinstance(latent, torch.Tensor):
         return None
@@ -45,6 +45,24 @@ def grid_of_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         return None
     grid = _patched([int(side) for side in sides if side is not None], patch)
     return grid if latent.dim() == 3 and math.prod(grid) == latent.shape[1] else None
+
+
+def timestep_of_call(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """The argument `timestep` of `model(*args, **kwargs)`; None where there is no such tensor."""
+    timestep = _arguments(model, args, kwargs).get("timestep")
+    return timestep if isinstance(timestep, torch.Tensor) else None
+
+
+def _arguments(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call by name; those that do not fit are for the call itself to refuse."""
+    try:
+        return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return kwargs
 
 
 def _of_latent(model: nn.Module, shape: Sequence[int], patch: Grid) -> Grid | None:

@@ -19,7 +19,10 @@ from .passes.sizes import example_tensor
 from .passes.timestep import find_timestep, insert_keep_all
 from .told_timestep import timestep_is_told, told_keep_all
 
-REMEDY = "compile the whole model in one graph, with the timestep as a tensor"
+REMEDY = (
+    "compile the whole model in one graph, or call veda_compile.attach(model) before its first "
+    "call, with `timestep` as a tensor in either case"
+)
 """What makes `dense_timesteps` work where it does not."""
 
 

@@ -16,7 +16,7 @@ from .explain_subject import ExplainError, Subject
 from .inner import Compiled
 from .options import Options
 from .passes.analyse import Finding, analyse
-from .passes.rewrite import own_copy
+from .passes.owned_graph import own_copy
 from .passes.sizes import example
 from .passes.subgraphs import output_value
 from .passes.verdict import Policy

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import sympy
 import torch
@@ -14,11 +16,16 @@ from torch import fx
 from .errors import LayoutError
 from .kernels.layout import Video
 from .passes.given import Grid, confirms, one_frame, part_of
-from .passes.partition import confirms_grid, grid_from_groupings, groupings
-from .passes.positions import Part, PositionInput, position_rows
+from .passes.partition import confirms_grid, grid_from_groupings, groupings, sampled
+from .passes.positions import Part, PositionInput, position_elements
 from .passes.rewrite import input_positions
 from .passes.sizes import example, example_tensor, hint
 from .told import Grids, told_grids
+
+T = TypeVar("T")
+
+_KEPT_ROWS = 32
+"""Position tables remembered: a model is rarely called at more sizes in turn."""
 
 _INTEGER_FUNCTIONS: dict[str, Callable[..., int]] = {
     "FloorDiv": lambda a, b: a // b,
@@ -86,21 +93,27 @@ class _Positions:
     """The position inputs of a call."""
 
     def __init__(self, gm: fx.GraphModule, position: PositionInput) -> None:
-        inputs = ((position.node, position.axis), *position.others)
-        self._places = input_positions(gm, [node for node, _ in inputs])
-        self._axes = [axis for _, axis in inputs]
+        inputs = ((position.node, position.axis, position.batch), *position.others)
+        self._places = input_positions(gm, [node for node, *_ in inputs])
+        self._axes = [(axis, batch) for _, axis, batch in inputs]
         self._rows = slice(None) if position.rows is None else slice(*position.rows)
 
     def of(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """The position inputs among a call's arguments."""
         return [args[place] for place in self._places]
 
-    def rows(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(N, F) rows of the video tokens."""
-        read = [position_rows(v, axis) for v, axis in zip(values, self._axes, strict=True)]
+    def rows(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """(N, F) rows of the video tokens, once for every batch element that has its own."""
+        read = [
+            position_elements(value, axis, batch)
+            for value, (axis, batch) in zip(values, self._axes, strict=True)
+        ]
         if len(read) == 1:
-            return read[0][self._rows]
-        return torch.cat([rows.to(torch.float64) for rows in read], 1)[self._rows]
+            return [rows[self._rows] for rows in read[0]]
+        return [
+            torch.cat([rows.to(torch.float64) for rows in parts], 1)[self._rows]
+            for parts in itertools.product(*read)
+        ]
 
 
 class _Seen:
@@ -112,12 +125,37 @@ class _Seen:
 
     def still(self, values: Sequence[torch.Tensor]) -> bool:
         """Whether these are the very tensors, with the contents they had."""
+        if any(value.is_inference() for value in values):  # they count no versions
+            return False
         same = all(ref() is value for ref, value in zip(self._values, values, strict=True))
         return same and self._versions == _versions(values)
 
 
-def _versions(values: Sequence[torch.Tensor]) -> list[int]:
-    return [0 if value.is_inference() else value._version for value in values]
+def _versions(values: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Change where a tensor is written to or given other memory."""
+    if any(value.is_inference() for value in values):
+        return []
+    return [(value._version, value.data_ptr()) for value in values]
+
+
+class _Remembered(Generic[T]):
+    """Answers about rows of positions. Models make the same rows anew on every call: rows whose
+    sample was met before get the answer they got then."""
+
+    def __init__(self, ask: Callable[[torch.Tensor, Grids], T]) -> None:
+        self._ask = ask
+        self._met: deque[tuple[int, torch.Tensor, Grids, T]] = deque(maxlen=_KEPT_ROWS)
+
+    def __call__(self, rows: torch.Tensor, grids: Grids = ()) -> T:
+        """The answer for (N, F) rows, and the grids they are asked about."""
+        sample = sampled(rows)
+        for count, met, about, answer in self._met:
+            alike = (count, about) == (rows.shape[0], grids) and met.dtype == sample.dtype
+            if alike and torch.equal(met, sample):
+                return answer
+        answer = self._ask(rows, grids)
+        self._met.appendleft((rows.shape[0], sample, grids, answer))
+        return answer
 
 
 class PositionGrids:
@@ -132,15 +170,22 @@ class PositionGrids:
         self._positions = _Positions(gm, position)
         self._last: tuple[_Seen, Grids] | None = None
         self._known: list[Grid] = []
+        self._grid_of = _Remembered(self._read)
 
     def __call__(self, args: Sequence[Any]) -> Grids:
         """See `GridTeller`. Raises LayoutError where the positions form no raster grid."""
         values = self._positions.of(args)
         if self._last is None or not self._last[0].still(values):
-            self._last = (_Seen(values), (self._read(self._positions.rows(values)),))
+            grids = {self._grid_of(rows) for rows in self._positions.rows(values)}
+            if len(grids) > 1:
+                raise LayoutError(
+                    f"the positions of this call tell the grids {sorted(grids)}, each of a part of "
+                    "the batch: call the model with videos of one grid at a time"
+                )
+            self._last = (_Seen(values), tuple(grids))
         return self._last[1]
 
-    def _read(self, rows: torch.Tensor) -> Grid:
+    def _read(self, rows: torch.Tensor, _: Grids) -> Grid:
         for grid in self._known:
             if confirms_grid(rows, grid):
                 return grid
@@ -173,6 +218,7 @@ class GivenGrids:
         self._count = count
         self._positions = None if position is None else _Positions(gm, position)
         self._part = Part.ALL if position is None else position.part
+        self._checked = _Remembered(self._check)
         self._count_place: tuple[int, int] | None = None
         if position is not None and position.part is Part.COUNT:
             self._count_place = (input_positions(gm, [position.node])[0], position.axis)
@@ -197,12 +243,14 @@ class GivenGrids:
             if args[place].shape[axis] != total_tokens(grids):
                 raise LayoutError(
                     f"the video has {args[place].shape[axis]} tokens, but option grid or "
-                    f"veda_compile.attach names the grids {grids}: name those of this call"
+                    f"veda_compile.attach names grids of {total_tokens(grids)}, {grids}: name "
+                    "those of this call"
                 )
         elif self._positions is not None:
             values = self._positions.of(args)
             if self._last is None or self._last[1] != grids or not self._last[0].still(values):
-                self._check(self._positions.rows(values), grids)
+                for rows in self._positions.rows(values):
+                    self._checked(rows, grids)
                 self._last = (_Seen(values), grids)
         return grids
 

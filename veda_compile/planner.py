@@ -21,7 +21,7 @@ from .passes.positions import Evidence
 from .passes.reasons import Reason, Refusal
 from .passes.verdict import Policy
 from .sidecar import LayerCard, Sidecar
-from .told import Grids, told_grids
+from .told import Grids, running_call
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ class Planner:
         """The grids the user names: by the option, else by `attach` for the call that compiles."""
         if self._options.grid is not None:
             return Given((self._options.grid,), Evidence.OPTION)
-        grids = told_grids()
-        return None if grids is None else Given(grids, Evidence.ATTACHED)
+        call = running_call()
+        if call is None or call.told.grids is None:
+            return None
+        return Given(call.told.grids, Evidence.ATTACHED, call.told.measured)
 
     def _tile_size(self, video_tokens: int) -> int:
         if self.sidecar is not None:

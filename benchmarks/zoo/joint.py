@@ -169,10 +169,11 @@ JOY = layers("double_blocks.{}.attn", 2)
 ENTRIES = (
     Entry("mochi", _mochi, MOCHI, POOL, special=partial(_mochi_layouts, batch=1),
           model="MochiTransformer3DModel", dynamo=UNBACKED, blocks=("transformer_blocks",),
-          batches=(1,)),
+          hint="regional", batches=(1,)),
     Entry("mochi batch 2", _mochi, tuple(name for name in MOCHI for _ in range(2)), POOL,
           special=partial(_mochi_layouts, batch=2), model="MochiTransformer3DModel",
-          dynamo=UNBACKED, blocks=("transformer_blocks",), batch=2, batches=(2,)),
+          dynamo=UNBACKED, blocks=("transformer_blocks",), hint="regional", batch=2,
+          batches=(2,)),
     Entry("motif t2v", partial(_motif, image=False), MOTIF, last=TEXT,
           model="MotifVideoTransformer3DModel"),
     Entry("motif", _motif, MOTIF,
