@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -12,12 +11,9 @@ from torch import fx
 
 from .binding import Binder, Bound, LayerMark
 from .dense_steps import REMEDY, StepInput, add_dense_steps
-from .errors import StrictError
+from .graph_records import graph_record, note_use, require_sparse
 from .grids import FixedGrids, GivenGrids, GridTeller, PositionGrids, SymbolicGrids
 from .inner import Compiled, compile_inner, fake_input
-from .kernels.budget import kept_density
-from .kernels.executors import executor_name
-from .kernels.layout import Layout, Video
 from .kernels.plan import Plan
 from .known_inputs import KnownInput
 from .options import Options
@@ -25,7 +21,6 @@ from .passes.analyse import Finding, analyse
 from .passes.layers import matches
 from .passes.owned_graph import own_copy
 from .passes.positions import Evidence
-from .passes.reasons import Reason
 from .passes.rewrite import PlanInputs, Rewriter
 from .planner import Planner
 from .report import STORE, GraphRecord, SiteRecord
@@ -34,7 +29,6 @@ from .told import Grids
 from .watching import watch_graph
 
 logger = logging.getLogger(__name__)
-_unnamed = count()
 
 
 def veda(
@@ -59,7 +53,7 @@ def veda(
     STORE.add(record)
     _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
-        _require(record)
+        require_sparse(record)
     compiled = _compile(owned, example_inputs, findings, record, planner, chosen)
     log_graph(record, watched)
     if observe is None:
@@ -239,74 +233,6 @@ def _bound(
     return Bound(teller, inputs.grids > 0, mark, plan, used, device, order)
 
 
-def note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -> None:
-    """Keep the report true to what runs: grids, layers, shapes and densities met so far."""
-    for grid in grids:
-        if grid not in record.grids:
-            record.grids.append(grid)
-    record.grid = max(grids, key=lambda g: g[0] * g[1] * g[2])
-    if layer is not None and layer not in record.layers:
-        record.layers.append(layer)
-    groups = plan.groups()
-    record.tile_shapes = sorted(groups, key=lambda shape: -len(groups[shape]))
-    layout = Layout(tuple(Video(*grid) for grid in grids))
-    kept = [
-        kept_density(layout, shape, density)
-        for shape, density in zip(plan.tile_shapes, plan.density, strict=True)
-    ]
-    record.density = sum(kept) / len(kept)
-
-
-def graph_record(
-    gm: fx.GraphModule, findings: Sequence[Finding], planner: Planner, options: Options
-) -> GraphRecord:
-    """What the report is to hold of a graph with these findings; not yet in the report."""
-    return GraphRecord(
-        _compile_id(gm),
-        [_site_record(finding, planner, options) for finding in findings],
-        findings[0].unknown if findings else (),
-    )
-
-
-def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRecord:
-    refusal, layout = finding.refusal, finding.layout
-    video = max(layout.videos, key=lambda run: run.length) if layout is not None else None
-    record = SiteRecord(
-        layer=finding.layer.name,
-        rewritten=refusal is None,
-        reason=None if refusal is None else refusal.reason.name,
-        explanation=None if refusal is None else str(refusal),
-        remedy=None if refusal is None else refusal.remedy,
-        grid=None if video is None else video.grid,
-    )
-    if layout is not None:
-        record.layout = " + ".join(
-            f"video {run.length}" if run.grid else f"extra {run.length}" for run in layout.runs
-        )
-        record.evidence = layout.evidence.value
-    if refusal is None and finding.dims is not None:
-        record.executor = executor_name(options.executor, finding.dims.device)
-        record.score = planner.score
-    return record
-
-
-def _require(record: GraphRecord) -> None:
-    """Raise StrictError where `strict` does not accept a verdict."""
-    bad = [site for site in record.sites if not site.harmless]
-    if bad:
-        lines = "; ".join(
-            f"{site.name}: {site.explanation}" + (f" ({site.remedy})" if site.remedy else "")
-            for site in bad[:8]
-        )
-        raise StrictError(f"strict: {len(bad)} attention calls would stay dense: {lines}")
-    few = [site for site in record.sites if site.reason == Reason.TOO_FEW_TOKENS.name]
-    if few and not any(site.rewritten for site in record.sites):
-        raise StrictError(
-            f"strict: nothing was rewritten in graph {record.compile_id}: {few[0].name}: "
-            f"{few[0].explanation}; set min_tokens=0 to go sparse all the same"
-        )
-
-
 def _warn_unmatched(findings: Sequence[Finding], options: Options, compile_id: str) -> None:
     """Say which `dense_layers` name nothing here; another graph of the model may have them."""
     layers = [finding.layer for finding in findings if finding.layout is not None]
@@ -318,8 +244,3 @@ def _warn_unmatched(findings: Sequence[Finding], options: Options, compile_id: s
                 "option dense_layers: %r is none of the video attention layers of graph %s: %s",
                 entry, compile_id, ", ".join(str(layer.name) for layer in layers),
             )  # fmt: skip
-
-
-def _compile_id(gm: fx.GraphModule) -> str:
-    compile_id = gm.meta.get("dynamo_compile_id")
-    return str(compile_id) if compile_id is not None else f"unnamed-{next(_unnamed)}"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backend import graph_record, note_use
 from .errors import VedaError
 from .explain_subject import ExplainError, Subject
+from .graph_records import graph_record, note_use
 from .inner import Compiled
 from .options import Options
 from .passes.analyse import Finding, analyse
