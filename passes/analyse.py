@@ -18,6 +18,8 @@ from .layers import Layer, find_layer, vector_parameters
 from .layout import SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
 from .nested_layers import find_nested_layer
+from .origins import Origins
+from .positions import Evidence
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
@@ -33,6 +35,7 @@ class Finding:
 
     sizes: the layout in the graph's own sizes.
     unknown: operations of the whole graph that provenance could not follow.
+    earlier: the site's number where the verdict rests on what earlier graphs tell.
     """
 
     site: Site
@@ -43,23 +46,29 @@ class Finding:
     mask: KeyValidity | None
     refusal: Refusal | None
     unknown: tuple[str, ...] = ()
+    earlier: int | None = None
 
 
-def analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> list[Finding]:
+def analyse(
+    gm: fx.GraphModule, inputs: Sequence[object], policy: Policy, origins: Origins | None = None
+) -> list[Finding]:
     """Findings for every attention call of a Dynamo graph, in execution order.
 
-    inputs: the backend's example inputs, one per placeholder.
+    inputs: the backend's example inputs, one per placeholder. origins: what earlier graphs tell of
+    them; what is found then holds only for calls with inputs of like origins.
     """
     with torch.device("cpu"):  # torch.set_default_device must not move the integers of the analysis
-        return _analyse(gm, inputs, policy)
+        return _analyse(gm, inputs, policy, origins)
 
 
-def _analyse(gm: fx.GraphModule, inputs: Sequence[object], policy: Policy) -> list[Finding]:
+def _analyse(
+    gm: fx.GraphModule, inputs: Sequence[object], policy: Policy, origins: Origins | None
+) -> list[Finding]:
     sites = list(find_sites(gm))
     if not sites:
         return []
-    provenance = Provenance(gm, inputs, provenance_rules(site.node for site in sites))
-    scene = _Scene(gm, inputs, provenance, policy.given)
+    provenance = Provenance(gm, inputs, provenance_rules(site.node for site in sites), origins)
+    scene = _Scene(gm, inputs, provenance, policy.given, origins is not None)
     findings: list[Finding] = []
     videos = 0
     for site in sites:
@@ -81,7 +90,9 @@ class _Scene:
         inputs: Sequence[object],
         provenance: Provenance,
         given: Given | None,
+        earlier: bool,
     ) -> None:
+        self._earlier = earlier
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.provenance = provenance
         self.vectors = vector_parameters(gm)
@@ -111,10 +122,20 @@ class _Scene:
     def layout(self, tokens: TokenMap) -> SiteLayout | Refusal:
         """The layout of a self-attention with this token map."""
         if tokens not in self._layouts:
-            self._layouts[tokens] = find_layout(
-                tokens, self.provenance.sources, self._values, self._given
-            )
+            found = find_layout(tokens, self.provenance.sources, self._values, self._given)
+            if self._earlier and isinstance(found, SiteLayout):
+                found = _through_earlier(found)
+            self._layouts[tokens] = found
         return self._layouts[tokens]
+
+
+def _through_earlier(layout: SiteLayout) -> SiteLayout | Refusal:
+    """A layout that rests on what earlier graphs tell, which changes from call to call."""
+    if layout.order is not None:
+        return Refusal(Reason.TOKEN_ORDER, "and the graph breaks before the attention")
+    if layout.evidence in (Evidence.LATENT, Evidence.POSITIONS):
+        return replace(layout, evidence=Evidence.EARLIER)
+    return layout
 
 
 def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:

@@ -79,6 +79,11 @@ class Positions:
     batch: int | None = None
 
     @property
+    def stop(self) -> int:
+        """The first token after them."""
+        return self.start + self.rows.shape[0]
+
+    @property
     def of_text(self) -> bool:
         """Whether the positions count the tokens one by one, as those of text and audio do."""
         return len(groupings(self.rows)) < 2 and _counts(self.rows)

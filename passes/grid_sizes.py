@@ -27,7 +27,7 @@ class SizeOf:
     size: Size
 
 
-_PER_CALL = (Evidence.VALUES, Evidence.OPTION, Evidence.ATTACHED)
+_PER_CALL = (Evidence.VALUES, Evidence.EARLIER, Evidence.OPTION, Evidence.ATTACHED)
 """Evidence that is not a function of the graph's sizes: equally long calls may differ in it."""
 
 Length = SizeOf | int
@@ -97,7 +97,7 @@ def _per_call_sizes(
     position = layout.position_input
     if position is not None and position.rows is not None and isinstance(tokens, torch.SymInt):
         return None
-    proven = position is not None
+    proven = position is not None or layout.evidence is Evidence.EARLIER
     lengths: tuple[Length | None, ...] = (None,)
     if len(runs) != 1 or not proven:
         lengths = tuple(_locate_extra(run, provenance, graph) for run in runs)

@@ -15,7 +15,7 @@ from torch import fx
 
 from .codes import NONE, Source, SourceKind
 from .given import Given, Grid, Span, find_place, position_values, spelled
-from .positions import Evidence, Part, PositionInput, Told, position_grids
+from .positions import Evidence, Part, PositionInput, Told, position_grids, table_spans
 from .reasons import Reason, Refusal
 from .runs import Run, filled_runs, split_at, with_grids
 from .token_map import TokenMap, coordinates, varying_axes
@@ -178,7 +178,8 @@ def _packed_layout(
     ]
     spans = [Span(run.start, run.length, _counter(run, holders)) for run in runs]
     positions = position_values(tokens, holders, values)
-    runs = split_at(runs, positions)
+    runs = split_at(runs, [(known.start, known.stop) for known in positions])
+    runs = split_at(runs, table_spans(tokens, holders))
     one_axis_positions = False
     for place, run in enumerate(runs):
         told = position_grids(tokens, _rows(run), holders, values)
@@ -223,8 +224,9 @@ def _counter(run: Run, holders: Mapping[Source, fx.Node]) -> PositionInput | Non
     if len(run.sides) != 1 or run.reads:
         return None
     source, axis = run.sides[0]
+    holder = holders.get(source)
     whole = source.kind is SourceKind.INPUT and source.shape[axis] == run.length
-    return PositionInput(holders[source], axis, Part.COUNT) if whole else None
+    return PositionInput(holder, axis, Part.COUNT) if whole and holder is not None else None
 
 
 def _conflict(grid: Grid, told: Told, raster: bool = True) -> Refusal | None:

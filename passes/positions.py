@@ -24,6 +24,7 @@ class Evidence(Enum):
     LATENT = "axes of the latent"
     POSITIONS = "positions computed in the graph"
     VALUES = "values of a position input"
+    EARLIER = "what earlier graphs tell"
     OPTION = "option grid"
     ATTACHED = "veda_compile.attach"
 
@@ -92,7 +93,11 @@ def position_grids(
     made: list[tuple[torch.Tensor, tuple[Source, int]]] = []
     for source, columns in tokens.positional.items():
         if source.kind is not SourceKind.INPUT:
-            made += _axis_groupings(source, columns[rows])
+            made += _axis_groupings(source, columns[rows]) + _table_axes(source, columns[rows])
+            continue
+        holder = holders.get(source.root)
+        if holder is None:  # a table that entered an earlier graph: where its rows went is known
+            made += _axis_groupings(source, columns[rows]) + _table_axes(source, columns[rows])
             continue
         holder = holders[source.root]
         batch = batch_axis(tokens, source)
@@ -147,6 +152,29 @@ def _axis_groupings(
             labels = torch.unique(places, return_inverse=True)[1]  # in the order of the axis
             found.append((labels, (source, axes[0])))
     return found
+
+
+def _table_axes(
+    source: Source, columns: torch.Tensor
+) -> list[tuple[torch.Tensor, tuple[Source, int]]]:
+    """The groupings by the axes of a table with three of them, such as (T, H, W, features)."""
+    rows = columns.amax(1)
+    axes = [] if bool((rows == NONE).any()) else varying_axes(source, rows)
+    if len(axes) != 3:
+        return []
+    places = coordinates(source, rows)
+    return [(torch.unique(places[axis], return_inverse=True)[1], (source, axis)) for axis in axes]
+
+
+def table_spans(tokens: TokenMap, holders: Mapping[Source, fx.Node]) -> list[tuple[int, int]]:
+    """(start, stop) of the tokens to which tables went that entered earlier graphs."""
+    spans = []
+    for source, columns in tokens.positional.items():
+        if source.kind is SourceKind.INPUT and source.root not in holders:
+            held = (columns != NONE).any(1).nonzero().flatten()
+            if held.numel():
+                spans.append((int(held[0]), int(held[-1]) + 1))
+    return spans
 
 
 def _value_groupings(

@@ -7,7 +7,7 @@ are computed once, so that forty identical layers cost little more than one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -26,21 +26,41 @@ _UNFOLLOWED = (NotImplementedError, ValueError, TypeError, IndexError, RuntimeEr
 """What a rule raises on a call form it does not know: the tensor then counts as unknown."""
 
 
+class Entering(Protocol):
+    """What is known of a graph's inputs before it runs; see `origins.Origins`."""
+
+    def codes(self, node: fx.Node) -> dict[Source, torch.Tensor] | None:
+        """The codes of a placeholder; None where its elements are told apart by itself."""
+        ...
+
+    def holder(self, node: fx.Node) -> Source | None:
+        """The source whose elements, all and in order, a placeholder holds."""
+        ...
+
+
 class Provenance:
     """Token codes of every tensor of a graph module, nested graphs included.
 
     values: the codes of each node that holds a tensor (or a list of them for several).
     unknown: names of operations that were not followed; what they return has no codes.
+    written: tensors that operations wrote to, and all that share their memory.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[object], rules: dict[str, movement.Rule]
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[object],
+        rules: dict[str, movement.Rule],
+        origins: Entering | None = None,
     ) -> None:
         """Interpret `gm`. inputs: example inputs, one per placeholder; rules: attention ops of
-        the caller's registry by name, on top of the built-in ones."""
+        the caller's registry by name, on top of the built-in ones; origins: what earlier graphs
+        tell of the inputs."""
         self.values: dict[fx.Node, Any] = {}
         self.sources: dict[Source, fx.Node] = {}
         self.unknown: set[str] = set()
+        self.written: set[fx.Node] = set()
+        self._origins = origins
         self._rules: dict[str, movement.Rule] = {
             **movement.RULES, **scatter.RULES, **compute.RULES, **rules,
         }  # fmt: skip
@@ -66,7 +86,11 @@ class Provenance:
             self.values[node] = Tracked(shape)
             return
         kind = SourceKind.BUFFER if "_buffers_" in node.name else SourceKind.INPUT
-        codes = self._source(node, kind, shape) if shape else {}
+        codes = None if self._origins is None else self._origins.codes(node)
+        if codes is None or self._origins is None:
+            codes = self._source(node, kind, shape) if shape else {}
+        elif (source := self._origins.holder(node)) is not None:
+            self.sources.setdefault(source, node)
         known = known_input(node, value)
         reads = frozenset() if known is None else frozenset([node])
         self.values[node] = Tracked(shape, codes, known, reads)
@@ -194,6 +218,7 @@ class Provenance:
 
     def _write(self, target: fx.Node, value: Any) -> None:
         """`target` now holds `value`; so do the tensors that share its memory, each in its way."""
+        self.written.update(self._aliases.family(target))
         if not isinstance(value, Tracked):
             self._forget(target, "an in-place operation")
             return
@@ -237,6 +262,7 @@ class Provenance:
     def _forget(self, node: fx.Node, name: str) -> None:
         """What a tensor and all that share its memory hold is no longer known."""
         self.unknown.add(f"{name}, which writes to a tensor")
+        self.written.update(self._aliases.family(node))
         for member in self._aliases.family(node):
             self.values[member] = compute.nothing(result_shapes(example(member)) or ())
 

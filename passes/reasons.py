@@ -80,7 +80,8 @@ _REMEDIES = {
     "NO_GRID": _GIVE_GRID,
     "NO_PROVENANCE": "the report's `unknown` names the operations that were not followed: write "
     "them with plain torch operations; where the graph breaks (TORCH_LOGS=graph_breaks shows it), "
-    "keep projections and attention in one graph",
+    "keep projections and attention in one graph, or let neither eager code nor "
+    "torch.inference_mode come between them",
     "TOKENS_DIFFER": "compile the whole model instead of its blocks; where it attends to parts of "
     "the sequence, nothing helps",
     "GRID_CONTRADICTED": "leave out option `grid`, or correct it: it counts tokens after "

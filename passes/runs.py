@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .codes import Source
-from .given import Grid, Positions
+from .given import Grid
 from .reasons import Reason, Refusal
 
 
@@ -37,10 +38,9 @@ class Run:
         return self.start + self.length
 
 
-def split_at(runs: list[Run], positions: list[Positions]) -> list[Run]:
-    """Runs cut where positions begin or end inside them: the cuts have no sides of their own."""
-    for known in positions:
-        start, stop = known.start, known.start + known.rows.shape[0]
+def split_at(runs: list[Run], spans: Iterable[tuple[int, int]]) -> list[Run]:
+    """Runs cut where (start, stop) spans begin or end inside them: the cuts have no sides."""
+    for start, stop in spans:
         runs = [part for run in runs for part in _cut(run, start, stop)]
     return runs
 

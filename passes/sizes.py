@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import sympy
@@ -14,21 +17,39 @@ UNBACKED_HINT = 8
 """Assumed for a number that only the data will tell; never used as the size itself."""
 
 
+_supposed: ContextVar[Mapping[sympy.Symbol, int] | None] = ContextVar("supposed", default=None)
+
+
+@contextmanager
+def supposing(values: Mapping[sympy.Symbol, int]) -> Iterator[None]:
+    """Sizes as they are in another call of the graph than the one it was traced with."""
+    token = _supposed.set(values)
+    try:
+        yield
+    finally:
+        _supposed.reset(token)
+
+
 def hint(size: Size) -> int:
     """The value `size` has for this trace. Asking it directly would add a guard."""
     if isinstance(size, torch.SymInt):
+        supposed = _supposed.get()
+        if supposed is not None:
+            return _assumed(size, supposed)
         value = size.node.hint
         return _assumed(size) if value is None else int(value)
     return int(size)
 
 
-def _assumed(size: torch.SymInt) -> int:
+def _assumed(size: torch.SymInt, supposed: Mapping[sympy.Symbol, int] | None = None) -> int:
     """The value of a size with `UNBACKED_HINT` for what is unknown, so that products agree."""
     env = size.node.shape_env
     known = getattr(env, "backed_var_to_val", None)  # named var_to_val before torch 2.12
     known = env.var_to_val if known is None else known
+    told = {} if supposed is None else supposed
     symbols = size.node.expr.free_symbols
-    return int(size.node.expr.xreplace({s: known.get(s, UNBACKED_HINT) for s in symbols}))
+    values = {s: told.get(s, known.get(s, UNBACKED_HINT)) for s in symbols}
+    return int(size.node.expr.xreplace(values))
 
 
 def expression(size: Size) -> sympy.Expr:

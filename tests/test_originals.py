@@ -89,7 +89,7 @@ def expected_layout(known: Original) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("known", STYLES, ids=lambda known: known.name)
 def test_a_style_is_served_as_it_should_be(known: Original) -> None:
     ran = trace(known)
-    assert sum(site.rewritten for site in ran.sites) == known.sites
+    assert sum(site.rewritten for site in ran.sites) == (1 if known.shared else known.sites)
     assert Counter(s.reason for s in ran.sites if not s.rewritten) == Counter(known.left)
     assert all(site.explanation for site in ran.sites if not site.rewritten)
     assert len(ran.layouts) == known.sites
@@ -104,7 +104,7 @@ def test_a_style_is_served_as_it_should_be(known: Original) -> None:
     for variant in ran.sparse:
         for cpu, reference in zip(variant["cpu"], variant["reference"], strict=True):
             torch.testing.assert_close(cpu, reference, atol=2e-5, rtol=0.0)
-    if known.sites:
+    if known.sites and not known.shared:
         (cpu,) = (variant["cpu"] for variant in ran.sparse)
         changed = max(float((a - b).abs().max()) for a, b in zip(cpu, ran.dense, strict=True))
         assert changed > 1e-3
@@ -120,28 +120,11 @@ def outputs(
     return out, [call.layout for call, _ in calls]
 
 
-BROKEN = ["wan original", "cogvideox original"]
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_break_before_the_attention_is_named_and_strict_refuses_it(name: str) -> None:
-    known = style(name)
-    model, inputs = known.make(GRID)
-    outputs(known, compiled(model), inputs)
-    (site,) = (s for s in veda_compile.report().sites if s.reason == "NO_PROVENANCE")
-    assert "the graph breaks between projections and attention" in str(site.explanation)
-    assert "graph_breaks" in str(site.remedy)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="the graph breaks between"):
-        outputs(known, compiled(model, strict=True), inputs)
-
-
-def test_the_fallback_s_warning_breaks_wan_where_dynamo_is_not_told_of_it() -> None:
+def test_the_fallback_s_warning_cuts_wan_where_dynamo_is_not_told_of_it() -> None:
     known = style("wan original, static")
     model, inputs = known.make(GRID)
     _, layouts = outputs(known, compiled(model), inputs, reorderable_logging_functions=set())
-    assert not layouts
-    assert "NO_PROVENANCE" in {site.reason for site in veda_compile.report().sites}
+    assert [layout.videos[0][1].grid for layout in layouts] == [GRID] * 2
 
 
 @pytest.mark.parametrize("name", ["open-sora v2, checkpointed", "ltx original, checkpointed"])

@@ -11,13 +11,15 @@ from torch import fx
 
 from .binding import Binder, Bound, LayerMark
 from .dense_steps import REMEDY, StepInput, add_dense_steps
+from .earlier_graphs import EarlierGraphs, EarlierGrids, analyse_after
 from .graph_records import graph_record, note_use, require_sparse
 from .grids import FixedGrids, GivenGrids, GridTeller, PositionGrids, SymbolicGrids
+from .handing_on import tagger
 from .inner import Compiled, compile_inner, fake_input
 from .kernels.plan import Plan
 from .known_inputs import KnownInput
 from .options import Options
-from .passes.analyse import Finding, analyse
+from .passes.analyse import Finding
 from .passes.layers import matches
 from .passes.owned_graph import own_copy
 from .passes.positions import Evidence
@@ -47,14 +49,17 @@ def veda(
     chosen = Options.from_dict(options, mode)
     planner = Planner(chosen)
     owned = own_copy(gm)
-    findings = analyse(owned, example_inputs, planner.policy())
+    findings, earlier = analyse_after(gm, owned, example_inputs, planner.policy)
+    handing = tagger(gm, example_inputs)
     record = graph_record(gm, findings, planner, chosen)
     watched, observe = watch_graph(gm, example_inputs, findings, record, chosen.strict)
     STORE.add(record)
     _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
         require_sparse(record)
-    compiled = _compile(owned, example_inputs, findings, record, planner, chosen)
+    compiled = _compile(owned, example_inputs, findings, record, planner, chosen, earlier)
+    if handing is not None:
+        compiled = handing.wrap(compiled)
     log_graph(record, watched)
     if observe is None:
         return compiled
@@ -73,6 +78,7 @@ def _compile(
     record: GraphRecord,
     planner: Planner,
     options: Options,
+    earlier: EarlierGraphs | None,
 ) -> Compiled:
     accepted = [
         (finding, site)
@@ -81,7 +87,7 @@ def _compile(
     ]
     if not accepted:
         return compile_inner(gm, example_inputs, options.inner, options.config_patches())
-    return _compile_rewritten(gm, example_inputs, accepted, planner, options)
+    return _compile_rewritten(gm, example_inputs, accepted, planner, options, earlier)
 
 
 def _compile_rewritten(
@@ -90,13 +96,14 @@ def _compile_rewritten(
     accepted: Sequence[tuple[Finding, SiteRecord]],
     planner: Planner,
     options: Options,
+    earlier: EarlierGraphs | None,
 ) -> Compiled:
     rewriter = Rewriter(gm, planner.score, options.executor)
     groups: dict[PlanInputs, list[tuple[Finding, SiteRecord]]] = {}
     tellers: dict[object, GridTeller] = {}
     told: dict[PlanInputs, GridTeller] = {}
     for place, (finding, record) in enumerate(accepted):
-        teller = _teller(gm, finding, tellers)
+        teller = _teller(gm, finding, tellers, earlier)
         assert finding.layout is not None and finding.dims is not None
         # without a sidecar all layers of one size and grid are alike and share their inputs
         key = f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
@@ -115,7 +122,7 @@ def _compile_rewritten(
             _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner, options)
             for extra in rewriter.extra
         ],
-        _checks(gm, accepted, example_inputs),
+        [*_checks(gm, accepted, example_inputs), *([] if earlier is None else [earlier])],
     )
     rewritten = rewriter.finish()
 
@@ -171,7 +178,12 @@ def _checks(
     return [KnownInput(gm, node, inputs) for node in reads]
 
 
-def _teller(gm: fx.GraphModule, finding: Finding, tellers: dict[object, GridTeller]) -> GridTeller:
+def _teller(
+    gm: fx.GraphModule,
+    finding: Finding,
+    tellers: dict[object, GridTeller],
+    earlier: EarlierGraphs | None,
+) -> GridTeller:
     """The grid teller of a site; sites told alike share one."""
     layout, sizes = finding.layout, finding.sizes
     assert layout is not None and sizes is not None
@@ -184,6 +196,11 @@ def _teller(gm: fx.GraphModule, finding: Finding, tellers: dict[object, GridTell
             position.batch,
         )  # fmt: skip
         key = (evidence, fixed, where)
+        if evidence is Evidence.EARLIER:
+            assert earlier is not None and finding.earlier is not None
+            return tellers.setdefault(
+                (key, finding.earlier), EarlierGrids(earlier, finding.earlier)
+            )
         if evidence is Evidence.VALUES:
             assert position is not None
             return tellers.setdefault(key, PositionGrids(gm, position))

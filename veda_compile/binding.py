@@ -17,10 +17,13 @@ import torch
 from .fingerprint import fingerprint
 from .grids import GridTeller
 from .kernels.plan import Plan
-from .known_inputs import KnownInput
 from .told import Grids
 
 _CACHED_CALLS = 512
+
+
+Check = Callable[[Sequence[Any]], None]
+"""Raises LayoutError where the arguments of a call break what the rewrite relies on."""
 
 
 class LayerMark:
@@ -99,8 +102,8 @@ class Bound:
 class Binder:
     """Fills the added inputs of one compiled graph."""
 
-    def __init__(self, groups: Sequence[Bound], checks: Sequence[KnownInput] = ()) -> None:
-        """checks: inputs whose values must be those of compile time."""
+    def __init__(self, groups: Sequence[Bound], checks: Sequence[Check] = ()) -> None:
+        """checks: what must still be as it was at compile time."""
         self._groups = tuple(groups)
         self._checks = tuple(checks)
         self._cache: OrderedDict[object, tuple[torch.Tensor, ...]] = OrderedDict()

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from .earlier_graphs import analyse_after
 from .errors import VedaError
 from .explain_subject import ExplainError, Subject
 from .graph_records import graph_record, note_use
+from .handing_on import tagger
 from .inner import Compiled
 from .options import Options
-from .passes.analyse import Finding, analyse
+from .passes.analyse import Finding
 from .passes.owned_graph import own_copy
 from .passes.sizes import example
 from .passes.subgraphs import output_value
@@ -53,10 +55,9 @@ def explain(
     torch._dynamo.reset()
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        findings = [
-            _on_device(finding, device)
-            for finding in analyse(own_copy(gm), example_inputs, _policy(planner, device))
-        ]
+        found, _ = analyse_after(gm, own_copy(gm), example_inputs, lambda: _policy(planner, device))
+        findings = [_on_device(finding, device) for finding in found]
+        handing = tagger(gm, example_inputs)
         record = graph_record(gm, findings, planner, chosen)
         _, observe = watch_graph(gm, example_inputs, findings, record, False)
         for finding, site in zip(findings, record.sites, strict=True):
@@ -68,7 +69,7 @@ def explain(
                 observe(args)
             return _blank_results(gm) if subject.fake is not None else gm.forward(*args)
 
-        return run
+        return run if handing is None else handing.wrap(run)
 
     compiled: Any = torch.compile(subject.model, backend=look, dynamic=False)
     stopped = None

@@ -240,8 +240,8 @@ def _step(grid: Grid, batch: int = 1) -> Built:
 STYLES = (
     Original("mochi original", _mochi, 2, last=TEXT - 3),
     Original("mochi original, batch 2", partial(_mochi, batch=2), 0, {"PLAIN_SOFTMAX": 2}),
-    Original("cogvideox original", partial(_cogvideox, asked=True), 0, {"NO_PROVENANCE": 1},
-             first=TEXT),
+    Original("cogvideox original", partial(_cogvideox, asked=True), 2, first=TEXT,
+             shared=True),
     Original("cogvideox original, mask not asked", partial(_cogvideox, asked=False), 2, first=TEXT),
     Original("step-video original", _step, 2, {"CROSS_ATTENTION": 2}),
     Original("step-video original, batch 2", partial(_step, batch=2), 2, {"CROSS_ATTENTION": 2}),

@@ -24,7 +24,8 @@ class Original:
     build: grid of tokens -> (model, arguments of one call). sites: video self-attention calls.
     left: how many other attention calls stay dense, by reason. first, last: extra tokens around
     the video. options: what a user adds to the backend's options for `sites` to be served.
-    dynamo: Dynamo settings a user needs for that.
+    dynamo: Dynamo settings a user needs for that. shared: the model is cut into graphs, and its
+    blocks share one with the attention.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Original:
     last: int = 0
     options: Callable[[Grid], Mapping[str, Any]] = lambda _: {}
     dynamo: Mapping[str, Any] = field(default_factory=dict)
+    shared: bool = False
 
     def make(self, grid: Grid) -> Built:
         """The model in eval mode and the arguments of a call; leaves global seeds alone."""

@@ -5,8 +5,9 @@ sizes decides how each is rotated, in complex float64; flash attention drops the
 falls back to torch's attention; modulation is float32 outside autocast.
 
 Reading the grid sizes out of their tensor breaks the graph between the projections and the
-attention; so does the warning of the fallback. `static` is the remedy for the first, the same sizes
-as Python integers; a setting of Dynamo is the remedy for the second.
+attention; so does the warning of the fallback. The tokens are followed through all of these graphs.
+`static` keeps the model in one: the same sizes as Python integers, with a setting of Dynamo for the
+warning.
 """
 
 from __future__ import annotations
@@ -222,8 +223,8 @@ _CROSS = {"CROSS_ATTENTION": 2}
 _WARNINGS = {"reorderable_logging_functions": {warnings.warn}}
 
 STYLES = (
-    Original("wan original", partial(_build, static=False), 0,
-             {"NO_PROVENANCE": 1, "CROSS_ATTENTION": 1}),
+    Original("wan original", partial(_build, static=False), 2, {"CROSS_ATTENTION": 1},
+             shared=True),
     Original("wan original, static", _build, 2, _CROSS, dynamo=_WARNINGS),
     Original("wan original, static padded", partial(_build, padding=7), 2, _CROSS, last=7,
              dynamo=_WARNINGS),

@@ -42,6 +42,7 @@ class Entry:
     exact: input names that keep their dtype when the model's changes.
     half: the model itself casts the operands of its attention to bfloat16.
     float32_only: the model itself does not run in bfloat16.
+    cut: Dynamo cuts the model into graphs, some of attention alone, which no layer names.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Entry:
     exact: tuple[str, ...] = ()
     half: bool = False
     float32_only: bool = False
+    cut: bool = False
 
     @property
     def sites(self) -> int:

@@ -196,7 +196,7 @@ def _faults_of_report(entry: Entry, setup: Setup, sites: Sequence[SiteRecord]) -
     strange = [
         str(name)
         for name in named
-        if not any(_names(name, true, setup.regional) for true in entry.layers)
+        if not any(_names(name, true, setup.regional or entry.cut) for true in entry.layers)
     ]
     if strange:
         problems.append(f"rewritten under other names: {', '.join(strange)}")
@@ -211,10 +211,10 @@ def _faults_of_report(entry: Entry, setup: Setup, sites: Sequence[SiteRecord]) -
     return problems
 
 
-def _names(reported: str | None, true: str, regional: bool) -> bool:
-    """Whether a reported layer can be that one: within a block, names are shorter or none."""
+def _names(reported: str | None, true: str, part: bool) -> bool:
+    """Whether a reported layer can be that one: in a part of a model, names are shorter or none."""
     if reported is None:
-        return regional
+        return part
     return reported == true or true.endswith("." + reported)
 
 

@@ -154,7 +154,7 @@ ENTRIES = (
           special=_anyflow_far_layouts, model="AnyFlowFARTransformer3DModel", latent="BTCHW"),
     Entry("wan animate 2 extract", partial(_animate_2, cached=False),
           layers("blocks.{}.self_attn", 2), CROSS, model="WanAnimate2Transformer3DModel",
-          latent=None, batches=(1,), hint="always"),
+          latent=None, batches=(1,), cut=True),
     Entry("wan animate 2 cached", partial(_animate_2, cached=True), (),
           {**CROSS, "BLOCK_MASK": 1}, model="WanAnimate2Transformer3DModel",
           latent=None, batches=(1,)),
