@@ -262,7 +262,9 @@ def main(
     run = break_even if break_even_only else standard
     rows = run(device, executor, repeats, seed)
     if not json_only:
-        Console().print(_table(rows))
+        console = Console()
+        console.width = max(console.width, 120)  # a pipe has no width of its own
+        console.print(_table(rows))
     report = {
         "device": device,
         "threads": torch.get_num_threads(),
