@@ -14,6 +14,7 @@ from torch import fx
 from .attention_ops import provenance_rules
 from .given import Given
 from .grid_sizes import LayoutSizes, find_sizes
+from .handed_video import HandedVideo
 from .layers import Layer, find_layer, vector_parameters
 from .layout import SiteLayout, find_layout
 from .masks import KeyValidity, key_validity
@@ -77,6 +78,9 @@ def _analyse(
         findings.append(finding)
     if any(_shows_frames(finding) for finding in findings):
         findings = [_not_video(finding) for finding in findings]
+    elif any(_lacks_grid(finding) for finding in findings):
+        handed = HandedVideo(gm, provenance)
+        findings = [_beside(finding, scene.tokens(finding.site), handed) for finding in findings]
     unknown = tuple(sorted(provenance.unknown))
     return [replace(finding, unknown=unknown) for finding in findings]
 
@@ -251,11 +255,20 @@ def _shows_frames(finding: Finding) -> bool:
     return finding.layout is not None or (refusal is not None and refusal.reason in frames)
 
 
+def _lacks_grid(finding: Finding) -> bool:
+    return finding.refusal is not None and finding.refusal.reason is Reason.NO_GRID
+
+
 def _not_video(finding: Finding) -> Finding:
     """In a graph whose video is known, self-attention without a grid is over something else."""
-    if finding.refusal is None or finding.refusal.reason is not Reason.NO_GRID:
+    if finding.refusal is None or not _lacks_grid(finding):
         return finding
-    return Finding(
-        finding.site, finding.layer, finding.dims, None, None, None,
-        Refusal(Reason.TEXT_ONLY, finding.refusal.detail),
-    )  # fmt: skip
+    return replace(finding, refusal=Refusal(Reason.TEXT_ONLY, finding.refusal.detail))
+
+
+def _beside(finding: Finding, tokens: TokenMap | None, handed: HandedVideo) -> Finding:
+    """So it is in a graph that makes the tokens of a video and hands them on."""
+    if not _lacks_grid(finding) or tokens is None or not handed.outlasts(tokens):
+        return finding
+    detail = f"{tokens.tokens} tokens; the graph hands on a video of {handed.length}"
+    return replace(finding, refusal=Refusal(Reason.TEXT_ONLY, detail))

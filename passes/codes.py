@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import sympy
 import torch
 from torch import fx
 
@@ -32,6 +33,8 @@ class SourceKind(Enum):
 class Source:
     """A tensor whose elements are told apart. `name` is the graph node that holds it.
 
+    shape: hints. sizes: the shape as the graph has it, symbols where it may change; sources of
+    equal sizes have equal shapes in every call.
     reads: graph inputs whose *values* decided where the elements stand (index tensors). Nothing
     guards values, so that who relies on these codes must check them on every call. Codes that went
     through an index count as another source, with the same `root`.
@@ -40,6 +43,7 @@ class Source:
     name: str
     kind: SourceKind
     shape: tuple[int, ...]
+    sizes: tuple[sympy.Expr, ...]
     reads: frozenset[fx.Node] = frozenset()
     origin: Source | None = None
     _indexed: dict[frozenset[fx.Node], Source] = field(default_factory=dict)
@@ -56,7 +60,7 @@ class Source:
         known = self.root._indexed
         wanted = self.reads | reads
         if wanted not in known:
-            known[wanted] = Source(self.name, self.kind, self.shape, wanted, self.root)
+            known[wanted] = Source(self.name, self.kind, self.shape, self.sizes, wanted, self.root)
         return known[wanted]
 
     def codes(self) -> torch.Tensor:

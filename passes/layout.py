@@ -15,10 +15,11 @@ from torch import fx
 
 from .codes import NONE, Source, SourceKind
 from .given import Given, Grid, Span, find_place, position_values, spelled
-from .positions import Evidence, Part, PositionInput, Told, position_grids, table_spans
+from .placing import contradiction, place_by_positions
+from .positions import Evidence, Part, PositionInput, made_spans, position_grids, table_spans
 from .reasons import Reason, Refusal
-from .runs import Run, filled_runs, split_at, with_grids
-from .token_map import TokenMap, coordinates, varying_axes
+from .runs import Run, filled_runs, spans_of, split_at, video_runs, with_grids
+from .token_map import TokenMap, varying_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,8 @@ def _latent_layout(
     found = SiteLayout(layout, Evidence.LATENT)
     grids = [run.grid for run in found.videos if run.grid is not None]
     for run, grid in zip(found.videos, grids, strict=True):
-        told = position_grids(tokens, _rows(run), holders, values)
-        conflict = _conflict(grid, told, run.order is None) or _unnamed(grids, given)
+        told = position_grids(tokens, run.rows, holders, values)
+        conflict = contradiction(grid, told, run.order is None) or _unnamed(grids, given)
         if conflict is not None:
             return conflict
     return found
@@ -113,7 +114,7 @@ def _latent_runs(tokens: TokenMap) -> list[Run] | Refusal:
     runs: list[Run] = []
     flat = False
     for source, codes in tokens.content.items():
-        for start, stop in _spans(codes != NONE):
+        for start, stop in spans_of(codes != NONE):
             part = codes[start:stop]
             axes = varying_axes(source, part)
             batch_axes = tokens.batch_axes[source]
@@ -125,37 +126,13 @@ def _latent_runs(tokens: TokenMap) -> list[Run] | Refusal:
                     f"{sorted(batch_axes - {0} | shared)} in the batch",
                 )
             flat = flat or (len(axes) == 2 and len(source.shape) > 3)
-            video = _video_runs(source, axes, part, start)
+            video = video_runs(source, axes, part, start)
             if isinstance(video, Refusal):
                 return video
             runs += video or [_extra_run(source, codes, start, stop)]
     if any(run.grid for run in runs):
         return runs
     return Refusal(Reason.ONE_FRAME) if flat else []
-
-
-def _video_runs(
-    source: Source, axes: list[int], codes: torch.Tensor, start: int
-) -> list[Run] | Refusal:
-    """The copies of a T x H x W grid that a run of codes holds; [] if it is no grid."""
-    if len(axes) != 3:
-        return []
-    places = coordinates(source, codes)
-    ranks = [torch.unique(places[axis], return_inverse=True) for axis in axes]
-    t, h, w = (int(values.numel()) for values, _ in ranks)
-    length = t * h * w
-    joint = (ranks[0][1] * h + ranks[1][1]) * w + ranks[2][1]
-    if codes.numel() % length or torch.unique(joint).numel() != length:
-        return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
-    sides = tuple((source, axis) for axis in axes)
-    runs = []
-    for copy in joint.split(length):
-        order = None if torch.equal(copy, torch.arange(length)) else copy.argsort()
-        if order is not None and not torch.equal(copy[order], torch.arange(length)):
-            return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
-        runs.append(Run(start, length, sides, (t, h, w), order, source.reads))
-        start += length
-    return runs
 
 
 def _extra_run(source: Source, codes: torch.Tensor, start: int, stop: int) -> Run:
@@ -174,31 +151,21 @@ def _packed_layout(
     runs = [
         _extra_run(source, codes, start, stop)
         for source, codes in tokens.content.items()
-        for start, stop in _spans(codes != NONE)
+        for start, stop in spans_of(codes != NONE)
     ]
     spans = [Span(run.start, run.length, _counter(run, holders)) for run in runs]
     positions = position_values(tokens, holders, values)
     runs = split_at(runs, [(known.start, known.stop) for known in positions])
     runs = split_at(runs, table_spans(tokens, holders))
-    one_axis_positions = False
-    for place, run in enumerate(runs):
-        told = position_grids(tokens, _rows(run), holders, values)
-        known = [(evidence, say) for evidence, say in told.items() if say.found is not None]
-        if known:
-            evidence, say = known[0]
-            found = say.found
-            assert found is not None
-            conflict = _conflict(found.grid, told) or _unnamed([found.grid], given)
-            if conflict is not None:
-                return conflict
-            if not found.raster and say.order is None:
-                return Refusal(Reason.TOKEN_ORDER, f"{found.grid} grid")
-            reads = run.reads | say.reads
-            runs[place] = Run(run.start, run.length, say.sides, found.grid, say.order, reads)
-            values_say = told.get(Evidence.VALUES)
-            position = values_say.position_input if values_say is not None else None
-            return _with_evidence(runs, tokens, evidence, position)
-        one_axis_positions = one_axis_positions or bool(told)
+    spoke, found = place_by_positions(runs, tokens, holders, values)
+    if found is None:  # perhaps parts of a run stand on grids of their own
+        parts = split_at(runs, made_spans(tokens))
+        found = place_by_positions(parts, tokens, holders, values)[1]
+    if isinstance(found, Refusal):
+        return found
+    if found is not None:
+        conflict = _unnamed(found.grids, given)
+        return conflict or _with_evidence(found.runs, tokens, found.evidence, found.position)
     detail = f"{tokens.tokens} tokens"
     if given is not None:
         where = find_place(given, spans, positions)
@@ -208,7 +175,7 @@ def _packed_layout(
         detail += f"; {given} fits none of the runs of {[s.length for s in spans]} tokens"
     if any(known.of_one_frame for known in positions):
         return Refusal(Reason.ONE_FRAME, detail)
-    of_text = one_axis_positions and all(known.of_text for known in positions)
+    of_text = spoke and all(known.of_text for known in positions)
     return Refusal(Reason.TEXT_ONLY if of_text else Reason.NO_GRID, detail)
 
 
@@ -229,38 +196,9 @@ def _counter(run: Run, holders: Mapping[Source, fx.Node]) -> PositionInput | Non
     return PositionInput(holder, axis, Part.COUNT) if whole and holder is not None else None
 
 
-def _conflict(grid: Grid, told: Told, raster: bool = True) -> Refusal | None:
-    """A refusal if positions name another grid. Off raster order they cannot tell T from W."""
-    for evidence, say in told.items():
-        if say.found is None:
-            continue
-        other = say.found.grid
-        if other != grid and (raster or sorted(other) != sorted(grid)):
-            return Refusal(
-                Reason.GRID_CONTRADICTED, f"{spelled(grid)}, but {evidence.value} {spelled(other)}"
-            )
-    return None
-
-
 def _unnamed(grids: list[Grid], given: Given | None) -> Refusal | None:
     """A refusal if the option names a grid that is not one of those found."""
     if given is None or given.evidence is not Evidence.OPTION or set(given.grids) <= set(grids):
         return None
     found = ", ".join(map(spelled, grids))
     return Refusal(Reason.GRID_CONTRADICTED, f"{found}, but {given}")
-
-
-def _rows(run: Run) -> slice:
-    return slice(run.start, run.start + run.length)
-
-
-def _spans(mask: torch.Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every run of True."""
-    edges = torch.diff(
-        mask.to(torch.int8),
-        prepend=torch.zeros(1, dtype=torch.int8),
-        append=torch.zeros(1, dtype=torch.int8),
-    )
-    starts = (edges == 1).nonzero().flatten().tolist()
-    stops = (edges == -1).nonzero().flatten().tolist()
-    return list(zip(starts, stops, strict=True))

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 from torch import fx
 
 from .codes import NONE, Source, SourceKind, Tracked
 from .provenance import Provenance
 from .subgraphs import output_value
+
+
+def _source(name: str, shape: tuple[int, ...]) -> Source:
+    """A root of this shape; what rests on it is looked at anew for every other."""
+    return Source(name, SourceKind.INPUT, shape, tuple(map(sympy.Integer, shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +38,7 @@ class Part:
         """The codes, of the tensor's rank."""
         if self.moved is None:
             with torch.device("cpu"):
-                return Source("", SourceKind.INPUT, self.shape).codes()
+                return _source("", self.shape).codes()
         return self.moved
 
 
@@ -63,7 +69,7 @@ class Origins:
         for part, root in zip(pattern.parts, roots, strict=True):
             if root not in self.sources:
                 name = f"root {root} of earlier graphs"
-                self.sources[root] = Source(name, SourceKind.INPUT, part.shape)
+                self.sources[root] = _source(name, part.shape)
             found[self.sources[root]] = part.codes
         return found
 

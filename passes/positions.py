@@ -6,6 +6,7 @@ tables, coordinates). Either way the partition test decides.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -168,13 +169,30 @@ def _table_axes(
 
 def table_spans(tokens: TokenMap, holders: Mapping[Source, fx.Node]) -> list[tuple[int, int]]:
     """(start, stop) of the tokens to which tables went that entered earlier graphs."""
-    spans = []
-    for source, columns in tokens.positional.items():
-        if source.kind is SourceKind.INPUT and source.root not in holders:
-            held = (columns != NONE).any(1).nonzero().flatten()
-            if held.numel():
-                spans.append((int(held[0]), int(held[-1]) + 1))
-    return spans
+    return [
+        held
+        for source, columns in tokens.positional.items()
+        if source.kind is SourceKind.INPUT and source.root not in holders
+        for held in _held(columns)
+    ]
+
+
+def made_spans(tokens: TokenMap) -> list[tuple[int, int]]:
+    """(start, stop) of the stretches to which the same of the graph's own positions went."""
+    edges = {
+        edge
+        for source, columns in tokens.positional.items()
+        if source.kind is not SourceKind.INPUT
+        for held in _held(columns)
+        for edge in held
+    }
+    return list(itertools.pairwise(sorted(edges)))
+
+
+def _held(columns: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of the tokens that (N, F) positions went to; [] for none."""
+    held = (columns != NONE).any(1).nonzero().flatten()
+    return [(int(held[0]), int(held[-1]) + 1)] if held.numel() else []
 
 
 def _value_groupings(

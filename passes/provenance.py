@@ -17,7 +17,7 @@ from .aliases import Aliases, undo_view
 from .codes import Source, SourceKind, Tracked
 from .known import known_assignment, known_input, known_result, reads_of
 from .operations import freeze, is_in_place, operation_name, result_shapes, written_operands
-from .sizes import example, hint, shape_hints
+from .sizes import example, expressions, hint, shape_hints
 from .subgraphs import output_value, subgraph_call
 
 _CREATED = frozenset({"arange", "linspace"})
@@ -99,7 +99,7 @@ class Provenance:
     def _source(
         self, node: fx.Node, kind: SourceKind, shape: tuple[int, ...]
     ) -> dict[Source, torch.Tensor]:
-        source = Source(node.name, kind, shape)
+        source = Source(node.name, kind, shape, expressions(node, shape))
         self.sources[source] = node
         return {source: source.codes()}
 

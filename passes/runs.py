@@ -13,6 +13,7 @@ from torch import fx
 from .codes import Source
 from .given import Grid
 from .reasons import Reason, Refusal
+from .token_map import coordinates
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,11 @@ class Run:
     def stop(self) -> int:
         """The first token after the run."""
         return self.start + self.length
+
+    @property
+    def rows(self) -> slice:
+        """The run's part of the sequence."""
+        return slice(self.start, self.stop)
 
 
 def split_at(runs: list[Run], spans: Iterable[tuple[int, int]]) -> list[Run]:
@@ -92,3 +98,39 @@ def filled_runs(runs: list[Run], tokens: int) -> tuple[Run, ...] | Refusal:
             ordered.append(video)
         end = stop
     return tuple(ordered)
+
+
+def video_runs(
+    source: Source, axes: list[int], codes: torch.Tensor, start: int
+) -> list[Run] | Refusal:
+    """The copies of a T x H x W grid that a run of codes holds; [] if it is no grid."""
+    if len(axes) != 3:
+        return []
+    places = coordinates(source, codes)
+    ranks = [torch.unique(places[axis], return_inverse=True) for axis in axes]
+    t, h, w = (int(values.numel()) for values, _ in ranks)
+    length = t * h * w
+    joint = (ranks[0][1] * h + ranks[1][1]) * w + ranks[2][1]
+    if codes.numel() % length or torch.unique(joint).numel() != length:
+        return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
+    sides = tuple((source, axis) for axis in axes)
+    runs = []
+    for copy in joint.split(length):
+        order = None if torch.equal(copy, torch.arange(length)) else copy.argsort()
+        if order is not None and not torch.equal(copy[order], torch.arange(length)):
+            return Refusal(Reason.TOKEN_ORDER, f"{codes.numel()} tokens on a {t}x{h}x{w} grid")
+        runs.append(Run(start, length, sides, (t, h, w), order, source.reads))
+        start += length
+    return runs
+
+
+def spans_of(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every run of True."""
+    edges = torch.diff(
+        mask.to(torch.int8),
+        prepend=torch.zeros(1, dtype=torch.int8),
+        append=torch.zeros(1, dtype=torch.int8),
+    )
+    starts = (edges == 1).nonzero().flatten().tolist()
+    stops = (edges == -1).nonzero().flatten().tolist()
+    return list(zip(starts, stops, strict=True))

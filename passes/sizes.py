@@ -81,3 +81,9 @@ def example_tensor(node: object) -> torch.Tensor | None:
 def shape_hints(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape with symbols replaced by their hints."""
     return tuple(hint(side) for side in tensor.shape)
+
+
+def expressions(node: fx.Node, shape: tuple[int, ...]) -> tuple[sympy.Expr, ...]:
+    """The sides of the tensor a node holds; those of `shape` where tracing recorded none."""
+    tensor = example_tensor(node)
+    return tuple(expression(side) for side in (shape if tensor is None else tensor.shape))

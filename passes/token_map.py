@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .batch_order import evenly_held, evenly_placed, starts_later, twins
 from .codes import NONE, Source, SourceKind, Tracked
 from .sites import Operand
 
@@ -73,10 +74,10 @@ def token_map(
     }
     of_q, of_k = _steering(*rows)
     # a batch made of a list of samples: an input for every batch element
-    twins = [s for s, c in views[2].items() if s.kind is SourceKind.INPUT and _starts_later(c)]
+    later = [s for s, c in views[2].items() if s.kind is SourceKind.INPUT and starts_later(c)]
     named = dict.fromkeys(
         s
-        for row in (*rows, twins)
+        for row in (*rows, later)
         for s in row
         if s.kind is SourceKind.INPUT and s not in (*positional, *of_q, *of_k)
     )
@@ -104,9 +105,9 @@ def token_map(
         | {s: _batch_axes_by_last(s, (views[0] | views[1])[s]) for s in positional},
         not all(_alike(view[s]) for view in views for s in content if s in view),
         not all(
-            _even(views[2][s], [views[2][t] for t in twins if t.shape == s.shape]) for s in content
+            evenly_held(views[2][s], [views[2][t] for t in later if twins(t, s)]) for s in content
         )
-        or not all(_evenly_placed(view[s]) for view in views[:2] for s in positional if s in view),
+        or not all(evenly_placed(view, positional) for view in views[:2]),
         lengths[0] == 1 or _are_apart(*views),
         _share_tokens(rows[0], [s for s in named if s in rows[0]], rows[1], rows[2]),
         before,
@@ -200,35 +201,6 @@ def _window(q: _Lines, k: _Lines, v: _Lines) -> int | None:
 def _alike(codes: torch.Tensor) -> bool:
     """Whether all heads hold the same tokens."""
     return codes.shape[1] == 1 or bool((codes == codes[:, :1]).all())
-
-
-def _starts_later(codes: torch.Tensor) -> bool:
-    """Whether the first batch element holds nothing, and another does."""
-    return bool((codes[0] == NONE).all()) and bool((codes != NONE).any())
-
-
-def _even(codes: torch.Tensor, twins: Sequence[torch.Tensor]) -> bool:
-    """Whether all batch elements hold their own tokens in the order of the first.
-
-    twins: codes of sources of the same shape, which may hold the tokens of other elements.
-    """
-    rows = codes[:, 0].amax(-1)
-    for twin in twins:
-        rows = torch.where((rows == NONE).all(1, keepdim=True), twin[:, 0].amax(-1), rows)
-    held = (rows != NONE)[0]
-    if rows.shape[0] == 1 or not bool(held.any()):
-        return True
-    first = int(held.nonzero()[0])
-    moved = rows.long() - rows[:, first : first + 1].long()
-    return bool((moved == moved[:1])[:, held].all()) and bool((rows[:, ~held] == NONE).all())
-
-
-def _evenly_placed(codes: torch.Tensor) -> bool:
-    """Whether all batch elements hold positions in the order of the first, one offset apart."""
-    if codes.shape[0] == 1:
-        return True
-    moved = torch.where(codes == NONE, NONE, codes.amax(2, keepdim=True) - codes)
-    return bool((moved == moved[:1]).all())
 
 
 def _varies(codes: torch.Tensor) -> bool:

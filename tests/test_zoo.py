@@ -17,17 +17,10 @@ from benchmarks.zoo.measure import Setup, measure
 
 GRID: Grid = (3, 4, 5)
 
-OPEN = {
-    "framepack": "the text refiner's graph holds no attention over video, and it lacks a grid",
-    "framepack batch 2": "the text refiner's graph holds no attention over video: it lacks a grid",
-    "joyimage edit plus reference": "two videos and padding, all packed",
-}
-"""Truths about whole models that are not reached yet, and why."""
-
 OPEN_REGIONALLY = {
     "sana wm": "rays turn queries, keys and values by other matrices, all inputs of the block",
 }
-"""The same of models compiled block by block."""
+"""Truths about models compiled block by block that are not reached yet, and why."""
 
 
 def _cases(entries: Iterable[Entry], unreached: Mapping[str, str]) -> list[ParameterSet]:
@@ -43,7 +36,7 @@ def _cases(entries: Iterable[Entry], unreached: Mapping[str, str]) -> list[Param
     ]
 
 
-WHOLE = _cases((known for known in ENTRIES if known not in FIRST), OPEN)
+WHOLE = _cases((known for known in ENTRIES if known not in FIRST), {})
 BLOCKS = _cases(
     {known.model: known for known in reversed(ENTRIES) if known.model and known.sites}.values(),
     OPEN_REGIONALLY,

@@ -37,8 +37,6 @@ class Entry:
     blocks: lists of blocks to compile one by one; empty where `compile_repeated_blocks` will do.
     hint: whether the option `grid` is needed: "never", "regional" (where blocks are compiled one
         by one) or "always".
-    attached: whether the whole model needs `veda_compile.attach`, as a graph breaks before the
-        video is seen.
     exact: input names that keep their dtype when the model's changes.
     half: the model itself casts the operands of its attention to bfloat16.
     float32_only: the model itself does not run in bfloat16.
@@ -61,7 +59,6 @@ class Entry:
     dynamo: Mapping[str, bool] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     hint: Literal["never", "regional", "always"] = "never"
-    attached: bool = False
     exact: tuple[str, ...] = ()
     half: bool = False
     float32_only: bool = False

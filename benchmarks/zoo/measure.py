@@ -120,10 +120,7 @@ def run(entry: Entry, setup: Setup, density: float, against_reference: bool = Fa
 def compile_model(entry: Entry, model: nn.Module, regional: bool, options: dict[str, Any]) -> Any:
     """The compiled model; regionally its blocks are, in place."""
     if not regional:
-        compiled: Any = torch.compile(model, backend="veda", options=options)
-        if entry.attached:
-            veda_compile.attach(compiled)
-        return compiled
+        return torch.compile(model, backend="veda", options=options)
     if not entry.blocks:
         compile_blocks: Any = model.compile_repeated_blocks
         compile_blocks(backend="veda", options=options)
