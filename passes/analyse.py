@@ -70,6 +70,8 @@ def _analyse(
         return []
     provenance = Provenance(gm, inputs, provenance_rules(site.node for site in sites), origins)
     scene = _Scene(gm, inputs, provenance, policy.given, origins is not None)
+    for site in sites:  # one of them may show the grid of tokens that another attends over as well
+        scene.look(site)
     findings: list[Finding] = []
     videos = 0
     for site in sites:
@@ -107,11 +109,15 @@ class _Scene:
         self._layouts: dict[TokenMap, SiteLayout | Refusal] = {}
 
     def tokens(self, site: Site) -> TokenMap | None:
-        """The site's token map; None if an operand's tokens are not known."""
+        """The site's token map; None if an operand's tokens are not known, or it has other sides
+        than expected."""
         operands = (site.q, site.k, site.v)
         q, k, v = (self.provenance.codes_of(operand.node) for operand in operands)
         if q is None or k is None or v is None:
             return None
+        for x, operand in zip((q, k, v), operands, strict=True):
+            if x.rank != len(operand.axes) or "n" not in operand.axes:
+                return None
         key = (q.key(), k.key(), v.key(), tuple(operand.axes for operand in operands))
         if key not in self._tokens:
             self._tokens[key] = token_map(q, k, v, operands)
@@ -123,8 +129,26 @@ class _Scene:
             self._writes[graph] = Writes(graph)
         return self._writes[graph]
 
+    def look(self, site: Site) -> None:
+        """Find the layout of a site, if it is self-attention, for `layout` to know."""
+        tokens = self.tokens(site)
+        if tokens is not None and judge_identity(site, tokens, ()) is None:
+            self._own_layout(tokens)
+
     def layout(self, tokens: TokenMap) -> SiteLayout | Refusal:
-        """The layout of a self-attention with this token map."""
+        """The layout of a self-attention with this token map: its own or, where that shows no grid,
+        the one of another site over the very same tokens."""
+        own = self._own_layout(tokens)
+        if isinstance(own, SiteLayout) or own.reason not in (Reason.NO_GRID, Reason.TEXT_ONLY):
+            return own
+        for other, layout in self._layouts.items():
+            if isinstance(layout, SiteLayout) and tokens.holds_what(other):
+                if layout.order is not None and (tokens.before or tokens.after):
+                    continue
+                return replace(layout, before=tokens.before, after=tokens.after)
+        return own
+
+    def _own_layout(self, tokens: TokenMap) -> SiteLayout | Refusal:
         if tokens not in self._layouts:
             found = find_layout(tokens, self.provenance.sources, self._values, self._given)
             if self._earlier and isinstance(found, SiteLayout):
@@ -164,7 +188,11 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
         layout = replace(layout, evidence=policy.given.evidence)
         sizes = find_sizes(layout, _token_size(site.q), scene.provenance, site.owner.graph)
     if refusal is None and layout.order is not None and _is_symbolic(site):
-        refusal = Refusal(Reason.TOKEN_ORDER, "and sizes are symbolic: compile with dynamic=False")
+        refusal = Refusal(
+            Reason.TOKEN_ORDER,
+            "and sizes are symbolic: compile with dynamic=False",
+            "compile with dynamic=False, or hand the tokens over in raster order",
+        )
     split = layout.before > 0 and layout.after > 0
     if refusal is None and (sizes is None or (split and _is_symbolic(site))):
         refusal = Refusal(Reason.UNPROVEN_SIZES)

@@ -175,7 +175,8 @@ def _packed_layout(
         detail += f"; {given} fits none of the runs of {[s.length for s in spans]} tokens"
     if any(known.of_one_frame for known in positions):
         return Refusal(Reason.ONE_FRAME, detail)
-    of_text = spoke and all(known.of_text for known in positions)
+    unread = any(s.kind is SourceKind.INPUT and s.root not in holders for s in tokens.positional)
+    of_text = spoke and not unread and all(known.of_text for known in positions)
     return Refusal(Reason.TEXT_ONLY if of_text else Reason.NO_GRID, detail)
 
 

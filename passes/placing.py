@@ -74,6 +74,8 @@ def contradiction(grid: Grid, told: Told, raster: bool = True) -> Refusal | None
         other = say.found.grid
         if other != grid and (raster or sorted(other) != sorted(grid)):
             return Refusal(
-                Reason.GRID_CONTRADICTED, f"{spelled(grid)}, but {evidence.value} {spelled(other)}"
+                Reason.GRID_CONTRADICTED,
+                f"{spelled(grid)}, but {evidence.value} {spelled(other)}",
+                f"give the model positions (rotary tables, coordinates) of a {spelled(grid)} grid",
             )
     return None

@@ -54,10 +54,14 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Refusal:
-    """A reason with what was seen here: names, numbers, shapes."""
+    """A reason with what was seen here: names, numbers, shapes.
+
+    advice: what helps here, where that is more than what the reason says by itself.
+    """
 
     reason: Reason
     detail: str = ""
+    advice: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
@@ -65,7 +69,7 @@ class Refusal:
     @property
     def remedy(self) -> str | None:
         """What the user can change, if anything."""
-        return self.reason.remedy
+        return self.advice or self.reason.remedy
 
 
 _GIVE_GRID = (
@@ -74,7 +78,8 @@ _GIVE_GRID = (
 )
 _SAY_WHICH_LAYER = (
     "compile the whole model with torch.compile, or make the sidecar anew with weights whose "
-    "small parameters (norms, biases) differ from layer to layer"
+    "small parameters (norms, biases) differ from layer to layer; where the graph breaks within "
+    "the layer (TORCH_LOGS=graph_breaks shows it), keep projections and attention in one graph"
 )
 _REMEDIES = {
     "NO_GRID": _GIVE_GRID,
@@ -86,7 +91,8 @@ _REMEDIES = {
     "the sequence, nothing helps",
     "GRID_CONTRADICTED": "leave out option `grid`, or correct it: it counts tokens after "
     "patching, (frames, height, width)",
-    "TOKEN_ORDER": "hand the tokens over in raster order (frame by frame, row by row)",
+    "TOKEN_ORDER": "hand the tokens over in raster order (frame by frame, row by row), the same in "
+    "every head and batch element",
     "UNPROVEN_SIZES": "compile with dynamic=False, or call veda_compile.attach(model) before the "
     "first call, on what torch.compile returns where it compiles the whole model",
     "MASK_NOT_A_KEY_LENGTH": "where it is padding, give it as a boolean mask of shape "

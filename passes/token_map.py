@@ -56,6 +56,18 @@ class TokenMap:
     before: int = 0
     after: int = 0
 
+    def holds_what(self, other: TokenMap) -> bool:
+        """Whether the queries of both maps are the same tokens in the same order: a source that
+        tells every token from all others stands in the same places, in every batch element."""
+        return any(
+            s in other.content
+            and torch.equal(codes, other.content[s])
+            and self.batch_axes[s] == other.batch_axes[s]
+            and bool((codes != NONE).all())
+            and torch.unique(codes).numel() == self.tokens
+            for s, codes in self.content.items()
+        )
+
 
 def token_map(
     q: Tracked, k: Tracked, v: Tracked, axes: tuple[Operand, Operand, Operand]

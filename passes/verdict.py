@@ -76,7 +76,7 @@ def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) 
     if not tokens.same:
         return Refusal(Reason.TOKENS_DIFFER if tokens.shared else Reason.CROSS_ATTENTION)
     if tokens.by_head:
-        return Refusal(Reason.HEAD_SPLIT_UNPROVEN, "tokens differ from head to head")
+        return Refusal(Reason.TOKEN_ORDER, "another order in every head")
     if tokens.by_batch:
         return Refusal(Reason.TOKEN_ORDER, "another order in every batch element")
     return None

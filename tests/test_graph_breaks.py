@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from compiling import compiled, sparse_calls
+from broken_models import GRIDS, LANDSCAPE, MEDDLERS, broken, call, latent, nothing
+from compiling import compiled
 from torch import Tensor, nn
 
 import veda_compile
@@ -18,12 +18,7 @@ from benchmarks.zoo import entry
 from benchmarks.zoo.measure import Setup
 from benchmarks.zoo.measure import run as run_entry
 from veda_compile.errors import LayoutError
-from veda_compile.kernels.layout import Layout
 from veda_compile.tags import TAGS
-
-Grid = tuple[int, int, int]
-LANDSCAPE, PORTRAIT, LONGER = (3, 4, 6), (3, 6, 4), (5, 6, 4)
-GRIDS = (LANDSCAPE, PORTRAIT, LONGER, (2, 6, 8), PORTRAIT)
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +27,6 @@ def fresh() -> Iterator[None]:
     veda_compile.reset_report()
     yield
     torch.compiler.reset()
-
-
-def call(fn: Callable[..., Any], inputs: dict[str, Any]) -> tuple[list[Tensor], list[Layout]]:
-    """What a model returns, and the layouts of its sparse calls."""
-    with torch.no_grad(), sparse_calls() as calls:
-        out = fn(**inputs)
-    return [out] if isinstance(out, Tensor) else list(out), [c.layout for c, _ in calls]
 
 
 @pytest.mark.parametrize("name", ["wan original", "cogvideox original"])
@@ -76,39 +64,6 @@ def test_framepack_needs_no_help() -> None:
     assert {s.evidence for s in ran.sites if s.rewritten} == {"what earlier graphs tell"}
 
 
-class Broken(nn.Module):
-    """Projections and attention in two graphs, and `between` run in neither."""
-
-    def __init__(self, between: Callable[..., tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self.patch, self.qkv = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2)), nn.Linear(32, 96)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 4, T, 2 H, 2 W) -> (B, N, 32)."""
-        tokens = self.patch(x).flatten(2).transpose(1, 2)
-        q, k, v = (  # contiguous as a copy is: other strides would recompile
-            part.unflatten(2, (2, 16)).transpose(1, 2).contiguous()
-            for part in self.qkv(tokens).chunk(3, -1)
-        )
-        q, k, v = torch._dynamo.disable(self.between)(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def nothing(*parts: Tensor) -> tuple[Tensor, ...]:
-    return parts
-
-
-def latent(grid: Grid = LANDSCAPE) -> Tensor:
-    t, h, w = grid
-    return torch.randn(2, 4, t, 2 * h, 2 * w)
-
-
-def broken(between: Callable[..., tuple[Tensor, ...]] = nothing) -> Broken:
-    torch.manual_seed(0)
-    return Broken(between).eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [None, False, True])
 def test_the_grid_is_that_of_every_call(inner: str, dynamic: bool | None) -> None:
@@ -127,25 +82,7 @@ def test_the_grid_is_that_of_every_call(inner: str, dynamic: bool | None) -> Non
             torch.testing.assert_close(out, model(x), atol=2e-5, rtol=0.0)
 
 
-def other_tensors(*parts: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.clone() for part in parts)
-
-
-def written(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    k.copy_(k.flip(2))
-    return q, k, v
-
-
-def written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    k[0].copy_(k[0].flip(1))
-    return q, k, v
-
-
-def exchanged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    return q, k.flip(2), v
-
-
-@pytest.mark.parametrize("meddle", [other_tensors, written, written_through_a_view, exchanged])
+@pytest.mark.parametrize("meddle", MEDDLERS)
 def test_what_eager_code_does_in_between_is_noticed(meddle: Any) -> None:
     model = broken(meddle)
     x = latent()
@@ -161,7 +98,7 @@ def test_what_eager_code_does_in_between_is_noticed(meddle: Any) -> None:
         call(compiled(model, strict=True), {"x": x})
 
 
-@pytest.mark.parametrize("meddle", [other_tensors, written, written_through_a_view, exchanged])
+@pytest.mark.parametrize("meddle", MEDDLERS)
 def test_what_eager_code_does_only_later_raises(meddle: Any) -> None:
     acts: list[Any] = [nothing]
     model = broken(lambda *parts: acts[0](*parts))
@@ -225,16 +162,6 @@ def test_keys_of_another_video_are_not_taken_for_its_own() -> None:
     acts[0] = lambda q, k, v: (q, kept[0], v)
     with pytest.raises(LayoutError, match="no longer hold the video tokens"):
         call(fn, {"x": latent()})
-
-
-def test_inference_mode_counts_no_writes_and_stays_dense() -> None:
-    model = broken()
-    with torch.inference_mode():
-        x = latent()
-        with sparse_calls() as calls:
-            out = compiled(model)(x)
-        assert not calls and torch.equal(out, model(x))
-    assert [site.reason for site in veda_compile.report().sites] == ["NO_PROVENANCE"]
 
 
 def test_tags_die_with_their_tensors() -> None:

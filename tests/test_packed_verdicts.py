@@ -118,6 +118,26 @@ def test_values_of_positions_tell_the_grid_of_every_call() -> None:
     assert len(veda_compile.report().graphs) == 1  # nothing in the graph's guards tells them apart
 
 
+class Twice(Packed):
+    """Positions steer the first attention over the tokens, not the second."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        x = x + self.layer(x, positions)
+        return x + self.layer(x)
+
+
+def test_what_one_attention_shows_of_the_tokens_holds_for_another() -> None:
+    torch.manual_seed(0)
+    fn = compiled(Twice().eval().requires_grad_(False), density=0.3)
+    grids = [GRID, (3, 6, 4)]
+    with torch.no_grad(), sparse_calls() as calls:
+        for grid in grids:
+            fn(sequence(), positions(*grid))
+    seen = [call.layout.videos[0][1].grid for call, _ in calls]
+    assert seen == [grid for grid in grids for _ in range(2)]
+
+
 def test_strict_names_the_layer_that_would_stay_dense() -> None:
     with pytest.raises(Exception, match=r"layer: .*\(T, H, W\)") as caught:
         run(packed(), sequence(), strict=True)

@@ -20,6 +20,7 @@ from .passes.sizes import supposing
 from .passes.verdict import Policy
 from .tags import TAGS, Relation
 from .told import Grids
+from .untold import with_causes
 
 _CACHED_CALLS = 64
 _REMEDY = (
@@ -154,7 +155,7 @@ def analyse_after(
     """
     findings = analyse(owned, inputs, policy())
     if all(finding.refusal is None for finding in findings) or not is_handed_to(inputs):
-        return findings, None
+        return with_causes(owned, inputs, findings), None
     earlier = EarlierGraphs(gm, inputs, policy)
     relies = False
     for place, told in enumerate(earlier.findings(owned, inputs)):
@@ -164,4 +165,4 @@ def analyse_after(
         if told.refusal is None and told.layout is not None and told.sizes is not None:
             earlier.rely(place, told.layout, told.sizes)
             relies = True
-    return findings, earlier if relies else None
+    return with_causes(owned, inputs, findings), earlier if relies else None

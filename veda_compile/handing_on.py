@@ -25,7 +25,7 @@ from .passes.owned_graph import own_copy
 from .passes.provenance import Provenance
 from .passes.sites import find_sites
 from .passes.sizes import example, hint, supposing
-from .tags import TAGS, Relation, Tag
+from .tags import TAGS, Relation, Tag, Untold
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,14 @@ _UNFOLLOWED = (
     RuntimeError,
 )
 """What following an unusual graph may raise. The graph itself is none the worse for it."""
+
+_ONE_GRAPH = (
+    "keep projections and attention in one graph (TORCH_LOGS=graph_breaks shows where it breaks)"
+)
+_COUNTS_NO_WRITES = Untold(
+    "an earlier graph returned a tensor of torch.inference_mode, which counts no writes",
+    "use torch.no_grad() instead of torch.inference_mode()",
+)
 
 
 class CallSizes:
@@ -93,10 +101,14 @@ class Tagger:
         self._rules = provenance_rules(site.node for site in find_sites(gm))
         self._places = tensor_inputs(gm, inputs)
         self._known: OrderedDict[object, dict[int, _Handed]] = OrderedDict()
+        self._why: Untold | None = None
+        self._warned = False
         relation, sizes = self._state(inputs)
         origins = self._origins(relation)
         provenance = self._provenance(inputs, origins, sizes)
+        self._note_unfollowed(provenance)
         self._written = written_inputs(gm, provenance)
+        self._may_write_more = bool(provenance.unknown)
         reached = {n for out in outputs_with_tokens(gm, provenance, origins) for n in out.roots}
         self._places = [
             place
@@ -106,8 +118,8 @@ class Tagger:
 
     @property
     def hands_on(self) -> bool:
-        """Whether any output holds tokens."""
-        return bool(self._places)
+        """Whether any output holds tokens, or there is something to say of why none does."""
+        return bool(self._places) or self._why is not None
 
     def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with its outputs tagged."""
@@ -117,18 +129,46 @@ class Tagger:
             handed = self._known.get((relation.key, sizes))
             if handed is None:
                 handed = self._learn(args, relation, sizes)
-            results = compiled(*args)
+            results = self._call(compiled, args)
             self._count_writes(args)
             for place, result in enumerate(results):
                 output = handed.get(place)
-                if output is not None and result.shape == output.pattern.shape:
+                if output is None or result.shape != output.pattern.shape:
+                    if isinstance(result, torch.Tensor):  # it may be an older one, in use again
+                        TAGS.drop(result, self._why)
+                elif result.is_inference():
+                    TAGS.drop(result, _COUNTS_NO_WRITES)
+                else:
                     roots = tuple([relation.roots[number] for number in output.roots])
                     TAGS.tag(result, Tag(output.pattern, roots, True))
-                elif isinstance(result, torch.Tensor):  # it may be an older one, in use again
-                    TAGS.drop(result)
             return results
 
         return run
+
+    def _call(self, compiled: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Run the graph so that what it computes counts writes, as tensors of inference mode do
+        not; but those can be written to in that mode alone."""
+        if not torch.is_inference_mode_enabled() or (
+            any(isinstance(args[place], torch.Tensor) and args[place].is_inference()
+                for place in (range(len(args)) if self._may_write_more else self._written))
+        ):  # fmt: skip
+            return compiled(*args)
+        with torch.inference_mode(False), torch.no_grad():
+            return compiled(*args)
+
+    def _note_unfollowed(self, provenance: Provenance) -> None:
+        if provenance.unknown and self._why is None:
+            names = ", ".join(sorted(provenance.unknown)[:5])
+            self._why = Untold(
+                f"an earlier graph was not followed: {names}",
+                f"write it with plain torch operations, or {_ONE_GRAPH}",
+            )
+
+    def _note_failure(self, error: Exception) -> None:
+        self._why = _failed(error)
+        if not self._warned:
+            _warn(self._why)
+        self._warned = True
 
     def _state(self, args: Sequence[Any]) -> tuple[Relation, tuple[int, ...]]:
         return TAGS.relation([args[place] for place in self._places], True), self._sizes(args)
@@ -156,8 +196,9 @@ class Tagger:
             for out in outputs_with_tokens(self._gm, provenance, origins):
                 pattern = TAGS.pattern(out.shape, out.parts)
                 handed[out.place] = _Handed(pattern, out.roots)
+            self._note_unfollowed(provenance)
         except _UNFOLLOWED as error:
-            logger.debug("a graph of these sizes hands nothing on: %s", error)
+            self._note_failure(error)
         self._known[relation.key, sizes] = handed
         while len(self._known) > _CACHED_CALLS:
             self._known.popitem(last=False)
@@ -170,7 +211,7 @@ class Tagger:
                 torch.autograd.graph.increment_version(args[place])
 
 
-def tagger(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tagger | None:
+def tagger(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tagger | Untagger | None:
     """What tags the outputs of a graph; None where nothing is handed on.
 
     A graph has a next one if Dynamo cut it off, if it was handed something itself, or if it is a
@@ -183,9 +224,44 @@ def tagger(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tagger | None:
     try:
         made = Tagger(own_copy(gm), inputs)
     except _UNFOLLOWED as error:
-        logger.debug("a graph hands nothing on: %s", error)
-        return None
+        why = _failed(error)
+        _warn(why)
+        return Untagger(why)
     return made if made.hands_on else None
+
+
+@dataclass(frozen=True)
+class Untagger:
+    """In a tagger's place for a graph that could not be followed: says so of its outputs."""
+
+    why: Untold
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, with the cause left on its outputs."""
+
+        def run(*args: Any) -> Any:
+            results = compiled(*args)
+            for result in results:
+                if isinstance(result, torch.Tensor):
+                    TAGS.drop(result, self.why)
+            return results
+
+        return run
+
+
+def _failed(error: Exception) -> Untold:
+    return Untold(
+        f"an earlier graph could not be followed: {type(error).__name__}: {error}",
+        f"{_ONE_GRAPH}; the failure is one of veda-compile, please report it",
+    )
+
+
+def _warn(why: Untold) -> None:
+    logger.warning(
+        "veda: %s. Attention that another graph computes from what it returns may stay dense. "
+        "Remedy: %s",
+        why.cause, why.remedy,
+    )  # fmt: skip
 
 
 def _is_cut(gm: fx.GraphModule) -> bool:

@@ -3,6 +3,7 @@
 A tag belongs to one tensor object with the contents it had: another object, an in-place write or
 other memory, and the tensor counts as untagged. Tensors made under torch.inference_mode count no
 writes and are never tagged; writing through `tensor.data` stays unseen. Tags die with tensors.
+Where a graph returns a tensor of which nothing can be told, the cause is kept in the tag's place.
 """
 
 from __future__ import annotations
@@ -46,10 +47,19 @@ class Relation:
     roots: tuple[Root, ...]
 
 
+@dataclass(frozen=True)
+class Untold:
+    """Why nothing is known of a tensor that a graph returned, and what the user can do."""
+
+    cause: str
+    remedy: str
+
+
 class Tags:
     """The tags of all living tensors."""
 
     def __init__(self) -> None:
+        self._untold: dict[int, tuple[weakref.ref[torch.Tensor], Untold]] = {}
         self._held: dict[int, tuple[weakref.ref[torch.Tensor], int, int, Tag]] = {}
         self._patterns: weakref.WeakValueDictionary[object, Pattern] = weakref.WeakValueDictionary()
 
@@ -69,6 +79,7 @@ class Tags:
         if not _can_be_tagged(tensor):
             return
         key, held = id(tensor), self._held
+        self._untold.pop(key, None)
 
         def forget(ref: weakref.ref[torch.Tensor]) -> None:
             if key in held and held[key][0] is ref:
@@ -76,9 +87,24 @@ class Tags:
 
         held[key] = (weakref.ref(tensor, forget), tensor._version, tensor.data_ptr(), tag)
 
-    def drop(self, tensor: torch.Tensor) -> None:
-        """Nothing is known of a tensor any more."""
-        self._held.pop(id(tensor), None)
+    def drop(self, tensor: torch.Tensor, why: Untold | None = None) -> None:
+        """Nothing is known of a tensor any more. why: the cause, where there is one to name."""
+        key, untold = id(tensor), self._untold
+        self._held.pop(key, None)
+        untold.pop(key, None)
+        if why is None:
+            return
+
+        def forget(ref: weakref.ref[torch.Tensor]) -> None:
+            if key in untold and untold[key][0] is ref:
+                del untold[key]
+
+        untold[key] = (weakref.ref(tensor, forget), why)
+
+    def why_untold(self, tensor: torch.Tensor) -> Untold | None:
+        """Why nothing is known of a tensor, if a graph that returned it left word of it."""
+        held = self._untold.get(id(tensor))
+        return held[1] if held is not None and held[0]() is tensor else None
 
     def or_root(self, tensor: torch.Tensor) -> Tag:
         """The tensor's tag; a tensor without one becomes a root."""
