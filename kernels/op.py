@@ -52,7 +52,7 @@ def sparse_attention_v1(
         raise PlanError(f"q of shape {tuple(q.shape)}: must be (B, H, N, D)")
     if k.dim() != 4:
         raise PlanError(f"k of shape {tuple(k.shape)}: must be (B, Hkv, N, D)")
-    segments = _completed(list(layout), grids, q.shape[2], k.shape[2])
+    segments = completed_layout(list(layout), grids, q.shape[2], k.shape[2])
     _check_table("tile_shapes", tile_shapes, 2, torch.int32)
     _check_table("density", density, 1, torch.float64)
     plan = Plan(
@@ -88,7 +88,7 @@ def _check_table(name: str, table: torch.Tensor, dims: int, dtype: torch.dtype) 
         )
 
 
-def _completed(
+def completed_layout(
     segments: list[int], grids: torch.Tensor | None, queries: int, keys: int
 ) -> list[int]:
     """The encoded layout with grids told per call, and "the rest", filled in."""

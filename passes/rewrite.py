@@ -92,7 +92,7 @@ class Rewriter:
             self.keep_all,
         ]  # fmt: skip
         for outer in site.calls:
-            names = [None if node is None else _lift(outer.node, outer.module, node)
+            names = [None if node is None else lift(outer.node, outer.module, node)
                      for node in names]  # fmt: skip
         tile_shapes, density, projection, grids, order, keep_all = names
         assert finding.dims is not None
@@ -100,11 +100,11 @@ class Rewriter:
         graph = site.owner.graph
         with graph.inserting_before(site.node):
             q, k, v = (
-                _cast(graph, _to_bhnd(graph, operand), operand.node, dtype)
-                for operand in _operands(graph, site)
+                cast_to(graph, to_bhnd(graph, operand), operand.node, dtype)
+                for operand in operands(graph, site)
             )
             valid = None if finding.mask is None else key_rows(graph, finding.mask, k)
-            layout = self._layout(graph, finding)
+            layout = self.layout(graph, finding)
             ordered: tuple[fx.Node | None, ...] = (q, k, v, valid)
             if order is not None:
                 ordered = tuple(
@@ -193,7 +193,7 @@ class Rewriter:
         self._last = node
         return node
 
-    def _layout(self, graph: fx.Graph, finding: Finding) -> list[Any]:
+    def layout(self, graph: fx.Graph, finding: Finding) -> list[Any]:
         """The op's `layout` argument: sizes of the graph, or blanks for the grids of this call."""
         assert finding.layout is not None and finding.sizes is not None
         before, after = finding.layout.before, finding.layout.after
@@ -223,7 +223,7 @@ def _size_node(graph: fx.Graph, length: Length) -> Any:
     return length
 
 
-def _lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
+def lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Hand a node of the calling graph to a nested graph; once per call and name."""
     placeholders = module.graph.find_nodes(op="placeholder")
     name = str(node.target) if node.op == "placeholder" else node.name
@@ -236,7 +236,7 @@ def _lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
     return existing
 
 
-def _operands(graph: fx.Graph, site: Site) -> list[Operand]:
+def operands(graph: fx.Graph, site: Site) -> list[Operand]:
     """q, k and v as they enter the attention."""
     operands = [site.q, site.k, site.v]
     if site.projections is None:
@@ -246,7 +246,8 @@ def _operands(graph: fx.Graph, site: Site) -> list[Operand]:
     return [Operand(node, with_heads(site.q.axes)) for node in projected]
 
 
-def _to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
+def to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
+    """An operand as (B, H, N, D)."""
     present = [operand.axes.index(letter) for letter in _ORDER if letter in operand.axes]
     node = operand.node
     if present != sorted(present):
@@ -257,7 +258,7 @@ def _to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
     return node
 
 
-def _cast(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtype) -> fx.Node:
+def cast_to(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtype) -> fx.Node:
     """`node` in `dtype`, given the node that holds the same values."""
     tensor = example_tensor(recorded)
     if tensor is None or tensor.dtype == dtype:

@@ -103,7 +103,7 @@ def _compile_rewritten(
     tellers: dict[object, GridTeller] = {}
     told: dict[PlanInputs, GridTeller] = {}
     for place, (finding, record) in enumerate(accepted):
-        teller = _teller(gm, finding, tellers, earlier)
+        teller = grid_teller(gm, finding, tellers, earlier)
         assert finding.layout is not None and finding.dims is not None
         # without a sidecar all layers of one size and grid are alike and share their inputs
         key = f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
@@ -122,7 +122,7 @@ def _compile_rewritten(
             _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner, options)
             for extra in rewriter.extra
         ],
-        [*_checks(gm, accepted, example_inputs), *([] if earlier is None else [earlier])],
+        [*input_checks(gm, accepted, example_inputs), *([] if earlier is None else [earlier])],
     )
     rewritten = rewriter.finish()
 
@@ -169,7 +169,7 @@ def _dense_steps(
     return []
 
 
-def _checks(
+def input_checks(
     gm: fx.GraphModule, accepted: Sequence[tuple[Finding, SiteRecord]], inputs: Sequence[Any]
 ) -> list[KnownInput]:
     """Checks of the inputs on whose values the layouts rest."""
@@ -178,7 +178,7 @@ def _checks(
     return [KnownInput(gm, node, inputs) for node in reads]
 
 
-def _teller(
+def grid_teller(
     gm: fx.GraphModule,
     finding: Finding,
     tellers: dict[object, GridTeller],
