@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .attention_ops import provenance_rules
+from .codes import Tracked, reshape_codes
 from .given import Given
 from .grid_sizes import LayoutSizes, find_sizes
 from .handed_video import HandedVideo
@@ -118,9 +119,11 @@ class _Scene:
         for x, operand in zip((q, k, v), operands, strict=True):
             if x.rank != len(operand.axes) or "n" not in operand.axes:
                 return None
-        key = (q.key(), k.key(), v.key(), tuple(operand.axes for operand in operands))
+        key = (q.key(), k.key(), v.key(), tuple((x.axes, x.samples) for x in operands))
         if key not in self._tokens:
-            self._tokens[key] = token_map(q, k, v, operands)
+            q, k, v = (_unpacked(x, o) for x, o in zip((q, k, v), operands, strict=True))
+            of_q, of_k, of_v = (replace(o, axes=o.unpacked_axes, samples=1) for o in operands)
+            self._tokens[key] = token_map(q, k, v, (of_q, of_k, of_v))
         return self._tokens[key]
 
     def writes(self, graph: fx.Graph) -> Writes:
@@ -207,7 +210,21 @@ def _is_symbolic(site: Site) -> bool:
 def _token_size(operand: Operand) -> Size:
     tensor = example_tensor(operand.node)
     assert tensor is not None
-    return tensor.shape[operand.axes.index("n")]
+    tokens = tensor.shape[operand.axes.index("n")]
+    return tokens if operand.samples == 1 else tokens // operand.samples
+
+
+def _unpacked(x: Tracked, operand: Operand) -> Tracked:
+    """Packed samples with a side of their own, the first."""
+    if operand.samples == 1:
+        return x
+    place = operand.axes.index("n")
+    length = x.shape[place] // operand.samples
+    shape = (*x.shape[:place], operand.samples, length, *x.shape[place + 1 :])
+    parted = x.map(shape, lambda c: reshape_codes(c, x.shape, shape))
+    return parted.map(
+        (operand.samples, *shape[:place], *shape[place + 1 :]), lambda c: c.movedim(place, 0)
+    )
 
 
 def _dimensions(site: Site, layer: Layer) -> Dimensions | None:
@@ -222,8 +239,9 @@ def _dimensions(site: Site, layer: Layer) -> Dimensions | None:
 
     def side(tensor: torch.Tensor, operand: Operand, letter: str) -> int:
         if letter not in operand.axes:
-            return 1
-        return hint(tensor.shape[operand.axes.index(letter)])
+            return operand.samples if letter == "b" else 1
+        size = hint(tensor.shape[operand.axes.index(letter)])
+        return size // operand.samples if letter == "n" else size
 
     mismatch = None
     for letter, name in (("b", "batch"), ("n", "tokens"), ("d", "head_dim")):

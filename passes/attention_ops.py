@@ -19,8 +19,9 @@ from torch._library.custom_ops import CustomOpDef
 
 from .compute import attention
 from .movement import Rule, Value
+from .offsets import Offsets
 from .operations import operation_name
-from .sizes import example_tensor, expression
+from .segments import Packed, Segments, read_segments
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "window_size": (None, (-1, -1), [-1, -1]),
@@ -165,7 +166,11 @@ def _find(name: str) -> AttentionOp | None:
 
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """The arguments of one call, by meaning. oddity: what makes it more than plain attention."""
+    """The arguments of one call, by meaning.
+
+    oddity: what makes it more than plain attention. segments: of a varlen op, or what is not
+    proven of them.
+    """
 
     q: fx.Node
     k: fx.Node
@@ -176,10 +181,11 @@ class OpCall:
     dropout: float = 0.0
     oddity: str | None = None
     output_first: bool = False
+    segments: Segments | str | None = None
 
 
-def arguments(op: AttentionOp, node: fx.Node) -> OpCall:
-    """Read a call of `op` by the names of its schema."""
+def arguments(op: AttentionOp, node: fx.Node, offsets: Offsets) -> OpCall:
+    """Read a call of `op` by the names of its schema. offsets: those of the call's graph."""
     schema = _schema(node.target)
     given: dict[str, Any] = dict(zip(schema, node.args, strict=False)) | node.kwargs
     operands = _operands(op, list(schema))
@@ -195,8 +201,10 @@ def arguments(op: AttentionOp, node: fx.Node) -> OpCall:
                                                                     op.dropout)}  # fmt: skip
     odd += [str(name) for name, value in scalars.items() if isinstance(value, fx.Node)]
     oddity = op.oddity or (f"argument {odd[0]} = {given[odd[0]]}" if odd else None)
-    if op.packed and oddity is None and not _one_segment(op, node, given):
-        oddity = "a packed sequence that is not provably one segment"
+    segments = None
+    if op.packed:
+        sides = _packed(op, operands[0], given, 0), _packed(op, operands[1], given, 1)
+        segments = read_segments(node, *sides, offsets)
     mask = given.get(op.mask) if op.mask else None
     scale = scalars[op.scale] if op.scale else None
     q, k, v = (given[name] for name in operands)
@@ -210,6 +218,7 @@ def arguments(op: AttentionOp, node: fx.Node) -> OpCall:
         float(scalars[op.dropout] or 0.0) if op.dropout and not oddity else 0.0,
         oddity,
         op.output_first and isinstance(node.meta.get("example_value"), (tuple, list)),
+        segments,
     )
 
 
@@ -230,18 +239,8 @@ def _schema(target: object) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in target._schema.arguments}
 
 
-def _one_segment(op: AttentionOp, node: fx.Node, given: dict[str, Any]) -> bool:
-    """One segment as long as the whole tensor: two bounds, and a longest segment of all tokens."""
+def _packed(op: AttentionOp, operand: str, given: dict[str, Any], which: int) -> Packed:
+    """The queries' part of a varlen call (`which` 0), or the keys' (1)."""
     assert op.packed is not None
-    for bounds, longest, operand in ((0, 2, op.q), (1, 3, op.k)):
-        offsets = example_tensor(given[op.packed[bounds]])
-        tensor = example_tensor(given[operand])
-        length = given[op.packed[longest]]
-        if isinstance(length, fx.Node):
-            length = length.meta.get("example_value")
-        if offsets is None or tensor is None or not isinstance(length, (int, torch.SymInt)):
-            return False
-        tokens = tensor.shape[op.axes.index("n")]
-        if tuple(offsets.shape) != (2,) or expression(length) != expression(tokens):
-            return False
-    return True
+    bounds, longest = given.get(op.packed[which]), given.get(op.packed[which + 2])
+    return Packed(given[operand], op.axes.index("n"), bounds, longest)

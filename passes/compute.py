@@ -50,7 +50,9 @@ def is_elementwise(name: str) -> bool:
         "xor": "bitwise_xor",
     }.get(base, base)
     packet = getattr(torch.ops.aten, base, None)
-    if packet is None:
+    if not isinstance(packet, torch._ops.OpOverloadPacket):  # as of __eq__, which every object has
+        packet = getattr(torch.ops.aten, base.strip("_"), None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
     return any(
         torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()

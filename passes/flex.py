@@ -1,4 +1,5 @@
-"""`flex_attention`: plain softmax attention where its score and its block mask change nothing."""
+"""`flex_attention`: softmax attention where its score changes nothing and its block mask is a mask
+of tokens, or hides none."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .flex_blocks import Indexed, indexed_masks, lists_all_of
 from .operations import operation_name
 from .sizes import example_tensor, hint
+from .writes import Writes
 
 _LENGTHS = 2
 """The block mask starts with the lengths of queries and keys it is made for."""
@@ -21,6 +24,7 @@ class FlexCall:
     """A call of `flex_attention` by meaning, q, k, v of shape (B, H, N, D).
 
     oddity: a score function that changes the logits. structure: what the block mask may hide.
+    masks: the boolean tensors it is proven to stand for, with what their sides are.
     """
 
     q: fx.Node
@@ -29,6 +33,7 @@ class FlexCall:
     scale: float | None
     oddity: str | None
     structure: str | None
+    masks: tuple[Indexed, ...] = ()
 
 
 def is_flex(node: fx.Node) -> bool:
@@ -36,9 +41,16 @@ def is_flex(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.higher_order.flex_attention
 
 
-def read_flex(owner: fx.GraphModule, node: fx.Node) -> FlexCall | None:
-    """The arguments of a call; None where they are not tensors of the graph."""
-    names = ("query", "key", "value", "score_mod", "block_mask", "scale")
+_NAMES = (
+    "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options",
+    "score_mod_other_buffers", "mask_mod_other_buffers",
+)  # fmt: skip
+
+
+def read_flex(owner: fx.GraphModule, node: fx.Node, writes: Writes) -> FlexCall | None:
+    """The arguments of a call; None where they are not tensors of the graph. writes: those of the
+    call's graph."""
+    names = _NAMES
     given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     q, k, v, scale = given["query"], given["key"], given["value"], given["scale"]
     if not all(isinstance(x, fx.Node) for x in (q, k, v)):
@@ -49,9 +61,38 @@ def read_flex(owner: fx.GraphModule, node: fx.Node) -> FlexCall | None:
         oddity = "a score_mod that changes the logits"
     elif not known:
         oddity = "scale is computed in the graph"
-    return FlexCall(
-        q, k, v, float(scale) if known else None, oddity, _structure(owner, given["block_mask"], k)
-    )  # fmt: skip
+    factor, block_mask = float(scale) if known else None, given["block_mask"]
+    captured = given.get("mask_mod_other_buffers", ())
+    masks = _token_masks(owner, node, block_mask, captured, (q, k), writes)
+    if masks:
+        return FlexCall(q, k, v, factor, oddity, None, masks)
+    return FlexCall(q, k, v, factor, oddity, _structure(owner, block_mask, k))
+
+
+def _token_masks(
+    owner: fx.GraphModule,
+    node: fx.Node,
+    block_mask: object,
+    captured: object,
+    operands: tuple[fx.Node, fx.Node],
+    writes: Writes,
+) -> tuple[Indexed, ...]:
+    """The boolean tensors that a block mask made in the graph stands for; none if unproven."""
+    if not isinstance(block_mask, tuple) or len(block_mask) != _BLOCK_MASK_SIDES:
+        return ()
+    body = _body(owner, block_mask[-1])
+    if body is None or not isinstance(captured, (tuple, list)):
+        return ()
+    if not all(isinstance(size, int) for size in block_mask[-3:-1]):
+        return ()
+    masks = indexed_masks(body, captured)
+    read = None if masks is None else lists_all_of(block_mask, masks, *operands)
+    if masks is None or read is None:
+        return ()
+    # what the lists were made of is what the mask function reads
+    order = writes.order
+    kept = not any(writes.between(mask.node, order[read], order[node]) for mask in masks)
+    return tuple(masks) if kept else ()
 
 
 def _structure(owner: fx.GraphModule, block_mask: object, k: fx.Node) -> str | None:

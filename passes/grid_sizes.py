@@ -14,24 +14,11 @@ from .layout import SiteLayout
 from .positions import Evidence
 from .provenance import Provenance
 from .runs import Run
-from .sizes import Size, equal, example_tensor, expression, hint
+from .sizes import Length, Size, SizeOf, equal, example_tensor, expression, hint
 from .token_map import coordinates
-
-
-@dataclass(frozen=True, eq=False)
-class SizeOf:
-    """One side of a tensor of the graph. size: its recorded value, symbolic where dynamic."""
-
-    node: fx.Node
-    dim: int
-    size: Size
-
 
 _PER_CALL = (Evidence.VALUES, Evidence.EARLIER, Evidence.OPTION, Evidence.ATTACHED)
 """Evidence that is not a function of the graph's sizes: equally long calls may differ in it."""
-
-Length = SizeOf | int
-"""A size to be put into the graph: a side of a tensor, or a constant."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,7 @@ from torch import fx
 
 from ..kernels.observe_op import observe_v1
 from .analyse import Finding
-from .mask_rows import key_rows
-from .rewrite import Rewriter, cast_to, lift, operands, to_bhnd
+from .rewrite import Rewriter, cast_to, lift, operands, to_bhnd, valid_keys
 from .subgraphs import SubgraphCall, output_value
 
 Numbered = tuple[int, Finding]
@@ -72,7 +71,7 @@ def _observed(
             cast_to(graph, to_bhnd(graph, operand), operand.node, finding.dims.dtype)
             for operand in operands(graph, site)
         )
-        valid = None if finding.mask is None else key_rows(graph, finding.mask, k)
+        valid = valid_keys(graph, finding, q, k)
         layout = rewriter.layout(graph, finding)
         node = graph.call_function(observe_v1._opoverload, (q, k, v, valid, layout, number, ticket))
     node.meta["example_value"] = ticket.meta["example_value"]

@@ -22,6 +22,7 @@ class Reason(Enum):
     CAUSAL = "causal attention"
     MASK_NOT_A_KEY_LENGTH = "the mask is more than padding of keys"
     BLOCK_MASK = "flex_attention with a BlockMask that may hide tokens from each other"
+    SEGMENTS = "packed attention whose segments are not proven to be whole samples and padding"
     DROPOUT = "attention dropout is on"
     PLAIN_SOFTMAX = "more than plain softmax attention"
     OUTPUT_USED = "the log-sum-exp or another extra output of the attention op is used"
@@ -98,7 +99,11 @@ _REMEDIES = {
     "MASK_NOT_A_KEY_LENGTH": "where it is padding, give it as a boolean mask of shape "
     "(B, 1, 1, keys), or none where nothing is hidden",
     "BLOCK_MASK": "give flex_attention no block_mask where nothing is to be hidden; padding is "
-    "understood under scaled_dot_product_attention, with a boolean mask",
+    "understood where create_block_mask runs in the compiled graph with a mask_mod that only looks "
+    "up boolean tensors, and under scaled_dot_product_attention, with a boolean mask",
+    "SEGMENTS": "make cu_seqlens in the graph that attends, from sizes and a mask of the text "
+    "(compile the whole model, not its blocks), or use another attention backend, with the padding "
+    "as a boolean mask of shape (B, 1, 1, keys)",
     "DROPOUT": "call model.eval()",
     "HEAD_DIM": "choose another executor with options={'executor': ...}",
     "DTYPE": "run the model in bfloat16 or float16, on a device of the executor, or choose "

@@ -18,12 +18,12 @@ from ..kernels.layout import CONTEXT, EXTRA, VIDEO
 from ..kernels.op import sparse_attention_v1
 from .analyse import Finding
 from .dead import erase, takes_output
-from .grid_sizes import Length, SizeOf
 from .layout import SiteLayout
 from .mask_rows import key_rows, masked_output
 from .multihead import with_heads
+from .segment_rows import own_keys, with_padding
 from .sites import Operand, Site
-from .sizes import example_tensor
+from .sizes import Length, SizeOf, example_tensor
 
 _ORDER = "bhnd"
 _REST = -1
@@ -103,7 +103,7 @@ class Rewriter:
                 cast_to(graph, to_bhnd(graph, operand), operand.node, dtype)
                 for operand in operands(graph, site)
             )
-            valid = None if finding.mask is None else key_rows(graph, finding.mask, k)
+            valid = valid_keys(graph, finding, q, k)
             layout = self.layout(graph, finding)
             ordered: tuple[fx.Node | None, ...] = (q, k, v, valid)
             if order is not None:
@@ -121,8 +121,11 @@ class Rewriter:
                 out = _taken(graph, out, 2, order, 1)
             if finding.mask is not None:
                 out = masked_output(graph, finding.mask, valid, q, v, out)
+            if site.segments is not None and valid is not None:
+                grouped = finding.dims.heads != finding.dims.kv_heads
+                out = with_padding(graph, site.segments, valid, (q, k, v), out, site.scale, grouped)
             if site.projections is None:
-                out = _from_bhnd(graph, out, site.out_axes)
+                out = _from_bhnd(graph, out, site.out_axes, site.q.samples)
             else:
                 out = _from_bhnd(graph, out, with_heads(site.out_axes))
                 out = site.projections.combine(graph, out, site.q.node)
@@ -246,14 +249,25 @@ def operands(graph: fx.Graph, site: Site) -> list[Operand]:
     return [Operand(node, with_heads(site.q.axes)) for node in projected]
 
 
+def valid_keys(graph: fx.Graph, finding: Finding, q: fx.Node, k: fx.Node) -> fx.Node | None:
+    """(B, Nk) bool, keys that somebody attends to; None for all. q, k: (B, H, N, D)."""
+    if finding.site.segments is not None:
+        return own_keys(graph, finding.site.segments, q)
+    return None if finding.mask is None else key_rows(graph, finding.mask, k)
+
+
 def to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
     """An operand as (B, H, N, D)."""
-    present = [operand.axes.index(letter) for letter in _ORDER if letter in operand.axes]
-    node = operand.node
+    axes, node = operand.axes, operand.node
+    if operand.samples > 1:
+        place = axes.index("n")
+        node = graph.call_function(torch.unflatten, (node, place, (operand.samples, -1)))
+        axes = axes.replace("n", "bn")
+    present = [axes.index(letter) for letter in _ORDER if letter in axes]
     if present != sorted(present):
         node = graph.call_function(torch.permute, (node, present))
     for place, letter in enumerate(_ORDER):
-        if letter not in operand.axes:
+        if letter not in axes:
             node = graph.call_function(torch.unsqueeze, (node, place))
     return node
 
@@ -266,7 +280,12 @@ def cast_to(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtyp
     return graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
 
 
-def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str) -> fx.Node:
+def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str, samples: int = 1) -> fx.Node:
+    if samples > 1:  # of packed tokens, one after the other
+        unpacked = axes.replace("n", "bn")
+        node = _from_bhnd(graph, node, unpacked)
+        place = unpacked.index("b")
+        return graph.call_function(torch.flatten, (node, place, place + 1))
     for place, letter in reversed(list(enumerate(_ORDER))):
         if letter not in axes:
             node = graph.call_function(torch.squeeze, (node, place))

@@ -16,6 +16,9 @@ from .explicit_softmax import Explicit, match_explicit
 from .flex import is_flex, read_flex
 from .logit_mask import LogitMask
 from .multihead import MultiHead, is_multihead, read_multihead
+from .offsets import Offsets
+from .reasons import Reason, Refusal
+from .segments import Segments
 from .subgraphs import SubgraphCall, subgraph_calls
 
 
@@ -24,10 +27,17 @@ class Operand:
     """A tensor of an attention call and what its sides are.
 
     axes: one letter a side: b batch, h heads, n tokens, d head_dim. A side may be absent.
+    samples: how many samples of equal length stand one after the other along the side of tokens.
     """
 
     node: fx.Node
     axes: str
+    samples: int = 1
+
+    @property
+    def unpacked_axes(self) -> str:
+        """The sides once every sample has its place along a side of its own, the first."""
+        return self.axes if self.samples == 1 else "b" + self.axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +50,8 @@ class Site:
     scale: None is 1/sqrt(head_dim).
     oddity: an argument that makes this more than plain softmax attention, or None.
     fused: one operator, not softmax and products written out.
-    structure: a block mask that may hide keys, in words, or None.
+    structure: why the tokens may not all see each other, as a block mask or segments tell.
+    segments: of packed samples, where they are proven.
     projections: of a call that projects its operands itself; they are (N, B, C) then.
     calls: the nested graphs the site lies in, outermost first; empty in the main graph.
     """
@@ -58,7 +69,8 @@ class Site:
     output_first: bool = False
     oddity: str | None = None
     fused: bool = True
-    structure: str | None = None
+    structure: Refusal | None = None
+    segments: Segments | None = None
     projections: MultiHead | None = None
     calls: tuple[SubgraphCall, ...] = ()
 
@@ -82,20 +94,23 @@ _SDPA_ARGUMENTS = (
 def find_sites(gm: fx.GraphModule, calls: tuple[SubgraphCall, ...] = ()) -> Iterator[Site]:
     """Every attention call of `gm` and of the graphs nested in it, in execution order."""
     nested = {call.node: call for call in subgraph_calls(gm)}
+    offsets = Offsets(gm.graph)
     for node in gm.graph.nodes:
         if node in nested:
             yield from find_sites(nested[node].module, (*calls, nested[node]))
         else:
-            site = _site_at(gm, node, calls)
+            site = _site_at(gm, node, calls, offsets)
             if site is not None:
                 yield site
 
 
-def _site_at(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
+def _site_at(
+    gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...], offsets: Offsets
+) -> Site | None:
     if node.op == "call_function" and node.target in _SDPA:
         return _sdpa(gm, node, calls)
     if is_flex(node):
-        return _flex(gm, node, calls)
+        return _flex(gm, node, calls, offsets)
     if is_multihead(node):
         return _multihead(gm, node, calls)
     if is_encoder_layer(node):
@@ -106,7 +121,7 @@ def _site_at(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...])
         )
     op = find_op(node)
     if op is not None:
-        return _registered(gm, node, op, calls)
+        return _registered(gm, node, op, calls, offsets)
     explicit = match_explicit(node)
     if explicit is not None:
         return _explicit(gm, explicit, calls)
@@ -142,14 +157,18 @@ def _sdpa(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) ->
     )
 
 
-def _flex(gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...]) -> Site | None:
-    call = read_flex(gm, node)
+def _flex(
+    gm: fx.GraphModule, node: fx.Node, calls: tuple[SubgraphCall, ...], offsets: Offsets
+) -> Site | None:
+    call = read_flex(gm, node, offsets.writes)
     if call is None:
         return None
     q, k, v = (Operand(x, "bhnd") for x in (call.q, call.k, call.v))
     return Site(
         gm, node, q, k, v, "bhnd", scale=call.scale, output_first=True, oddity=call.oddity,
-        structure=call.structure, calls=calls,
+        masks=tuple(LogitMask(mask.node, mask.roles, -math.inf) for mask in call.masks),
+        structure=None if call.structure is None else Refusal(Reason.BLOCK_MASK, call.structure),
+        calls=calls,
     )  # fmt: skip
 
 
@@ -190,15 +209,21 @@ def _sdpa_axes(q: fx.Node) -> str:
 
 
 def _registered(
-    gm: fx.GraphModule, node: fx.Node, op: AttentionOp, calls: tuple[SubgraphCall, ...]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    op: AttentionOp,
+    calls: tuple[SubgraphCall, ...],
+    offsets: Offsets,
 ) -> Site:
-    call = arguments(op, node)
+    call = arguments(op, node, offsets)
+    proven = call.segments if isinstance(call.segments, Segments) else None
+    samples = 1 if proven is None else proven.samples
     return Site(
         gm,
         node,
-        Operand(call.q, op.axes),
-        Operand(call.k, op.axes),
-        Operand(call.v, op.axes),
+        Operand(call.q, op.axes, samples),
+        Operand(call.k, op.axes, samples),
+        Operand(call.v, op.axes, samples),
         op.axes,
         masks=_masks(call.mask, "bhnd"[4 - len(op.axes) :]),
         dropout=call.dropout,
@@ -206,6 +231,10 @@ def _registered(
         scale=call.scale,
         output_first=call.output_first,
         oddity=call.oddity,
+        structure=Refusal(Reason.SEGMENTS, call.segments)
+        if isinstance(call.segments, str)
+        else None,
+        segments=proven,
         calls=calls,
     )
 

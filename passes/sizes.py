@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import sympy
@@ -12,6 +13,19 @@ import torch
 from torch import fx
 
 Size: TypeAlias = int | torch.SymInt
+
+
+@dataclass(frozen=True, eq=False)
+class SizeOf:
+    """One side of a tensor of the graph. size: its recorded value, symbolic where dynamic."""
+
+    node: fx.Node
+    dim: int
+    size: Size
+
+
+Length = SizeOf | int
+"""A size to be put into the graph: a side of a tensor, or a constant."""
 
 UNBACKED_HINT = 8
 """Assumed for a number that only the data will tell; never used as the size itself."""

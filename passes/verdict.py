@@ -15,6 +15,7 @@ from .layout import SiteLayout
 from .masks import KeyValidity
 from .reasons import Reason, Refusal
 from .sites import Site
+from .sizes import hint
 from .token_map import TokenMap
 
 
@@ -64,7 +65,7 @@ def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) 
     if site.structure is not None and (
         tokens is None or not tokens.content or not tokens.paired or not tokens.asked
     ):
-        return Refusal(Reason.BLOCK_MASK, site.structure)
+        return site.structure
     names = ", ".join(sorted(unknown)[:5])
     if tokens is not None and tokens.apart and (tokens.tokens == 1 or not names):
         return Refusal(Reason.CROSS_ATTENTION)
@@ -104,7 +105,10 @@ def judge_call(
     if site.dropout > 0.0:
         return Refusal(Reason.DROPOUT, f"p = {site.dropout}")
     if site.structure is not None:
-        return Refusal(Reason.BLOCK_MASK, site.structure)
+        return site.structure
+    parted = _parted_video(site, layout, dims)
+    if parted is not None:
+        return Refusal(Reason.SEGMENTS, parted)
     if isinstance(mask, str):
         return Refusal(Reason.MASK_NOT_A_KEY_LENGTH, mask)
     if site.output_first and _other_outputs_used(site):
@@ -119,6 +123,17 @@ def judge_call(
         usual = policy.verify(dims.device, dims.dtype, 64, video)
         return Refusal(Reason.HEAD_DIM if usual.ok else Reason.DTYPE, answer.reason)
     return None
+
+
+def _parted_video(site: Site, layout: SiteLayout, dims: Dimensions) -> str | None:
+    """Says so where the segment of padding may reach into the video. No more than a matter of
+    worth: rows of the padding are exact whatever they are."""
+    padding = None if site.segments is None else site.segments.padding
+    if padding is None:
+        return None
+    first = dims.tokens - (padding if isinstance(padding, int) else hint(padding.size))
+    last = max(run.stop for run in layout.videos)
+    return None if first >= last else f"they part at token {first} of a video that ends at {last}"
 
 
 def _too_short(dims: Dimensions, given: Given | None) -> bool:

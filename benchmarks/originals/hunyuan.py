@@ -262,6 +262,8 @@ STYLES = (
              {"TEXT_ONLY": 1}, last=TEXT),
     Original("hunyuan original, vanilla", partial(_build, mode="vanilla"), 4, {"TEXT_ONLY": 1},
              last=TEXT),
-    Original("hunyuan original, flash", partial(_build, mode="flash"), 0,
-             {"NO_GRID": 1, "PLAIN_SOFTMAX": 4}, last=TEXT),
+    Original("hunyuan original, flash", partial(_build, mode="flash"), 4, {"TEXT_ONLY": 1},
+             last=TEXT),
+    Original("hunyuan original, flash batch 2", partial(_build, mode="flash", batch=2), 4,
+             {"TEXT_ONLY": 1}, last=TEXT),
 )  # fmt: skip

@@ -239,7 +239,7 @@ def _step(grid: Grid, batch: int = 1) -> Built:
 
 STYLES = (
     Original("mochi original", _mochi, 2, last=TEXT - 3),
-    Original("mochi original, batch 2", partial(_mochi, batch=2), 0, {"PLAIN_SOFTMAX": 2}),
+    Original("mochi original, batch 2", partial(_mochi, batch=2), 0, {"SEGMENTS": 2}),
     Original("cogvideox original", partial(_cogvideox, asked=True), 2, first=TEXT,
              shared=True),
     Original("cogvideox original, mask not asked", partial(_cogvideox, asked=False), 2, first=TEXT),
