@@ -27,7 +27,7 @@ from benchmarks.fields import video_qkv
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.executors import Executor, Traits, choose_executor
 from veda_compile.kernels.layout import Layout, Video
-from veda_compile.kernels.op import sparse_attention_v1
+from veda_compile.kernels.op import sparse_attention_v2
 from veda_compile.kernels.plan import Plan, least_padding_shape
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import kept_map, select_tiles
@@ -220,7 +220,7 @@ def _whole_op(call: AttentionCall, executor: str) -> None:
     shapes = torch.tensor(call.plan.tile_shapes, dtype=torch.int32)
     density = torch.tensor(call.plan.density, dtype=torch.float64)
     layout, score = call.layout.encode(), call.plan.score
-    sparse_attention_v1(
+    sparse_attention_v2(
         call.q, call.k, call.v, None, layout, None, shapes, density, None, score, None, executor
     )
 

@@ -21,11 +21,11 @@ class AttentionCall:
     q: (B, H, Nq, D); k, v: (B, Hkv, Nk, D) with H a multiple of Hkv; any strides; float32, float16
         or bfloat16, the same for all three.
     layout: the segments of the Nk keys; all but those of context segments are the Nq queries.
-    plan: per-head tile shapes and densities for the H query heads.
+    plan: per-head tile shapes, and densities or static modes, for the H query heads.
     scale: factor on the logits.
     key_valid: (B, Nk) bool, False for keys nobody attends to (padding), or None.
     keep_all: () bool on q's device; where it is True the call keeps every tile of every head, as
-        density 1.0 does. None is False, known beforehand.
+        density 1.0 does, static ones too. None is False, known beforehand.
     """
 
     q: torch.Tensor
@@ -97,7 +97,7 @@ class AttentionCall:
             return self
         plan = self.plan
         if bool(self.keep_all):
-            plan = replace(plan, density=(1.0,) * plan.heads)
+            plan = replace(plan, density=(1.0,) * plan.heads, modes=None)
         return replace(self, plan=plan, keep_all=None)
 
 
@@ -106,7 +106,8 @@ class Selection:
     """The key tiles each query tile keeps. Keys without a grid are always kept and not listed.
 
     indices: (B, H, Q, K) int32, ascending tile numbers of that head's tile table; entries from
-        `counts` on are unspecified and must not be read. Q is the largest tile count of any head.
+        `counts` on are unspecified and must not be read. Q is the largest tile count of any head,
+        K at least 1.
     counts: (B, H, Q) int32; 0 in rows past a head's own tile count.
     """
 

@@ -10,9 +10,11 @@ import torch
 from .budget import tiles_to_keep
 from .call import AttentionCall, Selection
 from .cpu_build import DTYPES, TensorView, load_library, threads_for
+from .plan import TileShape
 from .scores import key_features, query_features, tile_scores
+from .static_modes import StaticLists, static_lists
 from .statistics import TileStatistics
-from .tiles import TileTable, tile_table
+from .tiles import TileTable, tile_table, tiles_with_keys
 
 
 class _Statistics(ctypes.Structure):
@@ -59,22 +61,57 @@ def native_select(call: AttentionCall) -> Selection:
     """`select_tiles`, compiled. Raises BuildError where the kernels cannot be built."""
     call = call.with_flag_read()
     batch, heads = call.q.shape[:2]
-    groups = call.plan.groups()
-    tables = {shape: tile_table(call.layout, shape, call.q.device) for shape in groups}
-    budgets = {
-        shape: torch.stack(
-            [tiles_to_keep(call.layout, shape, call.plan.density[head]) for head in members]
-        )
-        for shape, members in groups.items()
-    }
+    plan, layout = call.plan, call.layout
+    groups = plan.groups()
+    tables = {shape: tile_table(layout, shape, call.q.device) for shape in groups}
+    budgets: dict[TileShape, torch.Tensor] = {}
+    scored = {shape: [h for h in own if plan.mode(h) is None] for shape, own in groups.items()}
+    for shape, members in scored.items():
+        if members:
+            own = [tiles_to_keep(layout, shape, plan.density[head]) for head in members]
+            budgets[shape] = torch.stack(own)
+    fixed = _static_heads(call)
+    widths = [int(budget.sum(-1).max()) for budget in budgets.values()]
+    width = max(widths + [lists.indices.shape[1] for lists in fixed.values()])
     rows = max(table.tiles for table in tables.values())
-    width = max(int(budget.sum(-1).max()) for budget in budgets.values())
     indices = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=call.q.device)
     counts = torch.zeros(batch, heads, rows, dtype=torch.int32, device=call.q.device)
-    for shape, members in groups.items():
-        scores = _scores(call, tables[shape], members)
-        _choose(scores, budgets[shape], tables[shape], members, Selection(indices, counts))
-    return Selection(indices, counts)
+    selection = Selection(indices, counts)
+    for shape, budget in budgets.items():
+        scores = _scores(call, tables[shape], scored[shape])
+        _choose(scores, budget, tables[shape], scored[shape], selection)
+    alive = {
+        shape: tiles_with_keys(tables[shape], call.key_valid)
+        for shape in {plan.tile_shapes[head] for head in fixed}
+    }
+    for head, lists in fixed.items():
+        _place(lists, alive[plan.tile_shapes[head]], selection, head)
+    return selection
+
+
+def _static_heads(call: AttentionCall) -> dict[int, StaticLists]:
+    """The lists of the static heads, by head."""
+    found: dict[int, StaticLists] = {}
+    for head, shape in enumerate(call.plan.tile_shapes):
+        mode = call.plan.mode(head)
+        if mode is not None:
+            found[head] = static_lists(call.layout, shape, mode)
+    return found
+
+
+def _place(lists: StaticLists, alive: torch.Tensor, selection: Selection, head: int) -> None:
+    """Write the lists of one static head into `selection`. alive: (B or 1, n) bool."""
+    tiles, width = lists.indices.shape
+    indices, counts = selection.indices[:, head, :tiles, :width], selection.counts[:, head, :tiles]
+    if bool(alive.all()):
+        indices.copy_(lists.indices)
+        counts.copy_(lists.counts)
+        return
+    listed = torch.arange(width, device=alive.device) < lists.counts[:, None]
+    kept = listed & alive[:, lists.indices.long()]  # (B, n, K)
+    kept_first = torch.argsort(kept.to(torch.int8), dim=-1, descending=True, stable=True)
+    indices.copy_(lists.indices.expand(kept.shape).gather(-1, kept_first))
+    counts.copy_(kept.sum(-1))
 
 
 def native_statistics(

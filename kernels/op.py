@@ -1,4 +1,4 @@
-"""The op contract: `veda::sparse_attention_v1`, what rewritten graphs call."""
+"""The op contract: `veda::sparse_attention_v2`, what rewritten graphs call."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from .errors import LayoutError, PlanError
 from .executors import execute
 from .layout import CONTEXT, EXTRA, INTS_PER_SEGMENT, VIDEO, Layout
 from .plan import Plan
+from .static_modes import decode_modes
 
-OP_NAME = "veda::sparse_attention_v1"
+OP_NAME = "veda::sparse_attention_v2"
 """The version is part of the name: caches key on it, and a changed contract needs a new one."""
 
 _REST = -1
 
 
 @torch.library.custom_op(OP_NAME, mutates_args=())
-def sparse_attention_v1(
+def sparse_attention_v2(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -34,6 +35,9 @@ def sparse_attention_v1(
     scale: float | None,
     executor: str,
     keep_all: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+    modes: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tile-sparse softmax attention.
 
@@ -43,8 +47,10 @@ def sparse_attention_v1(
     grids: (V, 3) int64 on CPU, the grids of the layout's V video segments where the graph cannot
         know them (they replace the layout's), or None.
     tile_shapes: (H, 3) int32 and density: (H,) float64, both on CPU so that reading them is no
-        device synchronisation. projection: see `Plan`. scale: None is 1/sqrt(D).
+        device synchronisation. projection, factors: see `Plan`. scale: None is 1/sqrt(D).
     keep_all: () bool on q's device or None; see `AttentionCall`. Read on the device alone there.
+    modes: (H, 3) int32 and columns: (H, C, 3) float32, both on CPU, as `encode_modes` makes them,
+        or None: the static modes of heads that are not scored.
     Returns out (B, H, Nq, D), stored as (B, Nq, H, D), and the natural-log LSE (B, H, Nq) float32.
     Raises LayoutError, PlanError or ExecutorError.
     """
@@ -60,6 +66,8 @@ def sparse_attention_v1(
         tuple(density.tolist()),
         score,
         projection,
+        factors,
+        decode_modes(modes, columns),
     )
     call = AttentionCall(
         q,
@@ -75,7 +83,7 @@ def sparse_attention_v1(
     return out, lse
 
 
-@sparse_attention_v1.register_fake
+@sparse_attention_v2.register_fake
 def _(q, *_, **__):  # type: ignore[no-untyped-def]
     return empty_output(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 

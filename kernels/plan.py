@@ -11,28 +11,38 @@ import torch
 
 from .errors import PlanError
 from .layout import Layout, Video
+from .static_modes import Modes, StaticMode
 
 TileShape = tuple[int, int, int]
 
 SCORES = ("closed_form", "mean", "projection")
-"""See docs/method.md, section 2. mean: mean(q).mean(k) alone. projection: TripPool maps."""
+"""See docs/method.md, section 2. mean: mean(q).mean(k) alone. projection: the closed form of
+projected means."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Per head a tile shape and a density; for all heads one score.
+    """Per head a tile shape and a density, or a static mode; for all scored heads one score.
 
     tile_shapes: (pt, ph, pw) per head; every product is the same tile size.
-    density: share of key tiles kept, per head, in (0, 1]; 1.0 keeps everything.
+    density: share of key tiles kept, per head, in (0, 1]; 1.0 keeps everything. Of a static head it
+        is not used.
     score: one of `SCORES`.
     projection: (2, heads, 3 * head_dim, head_dim) float32 for score "projection", [0] for q and
-        [1] for k, applied to [mean | max | min] as a residual around the mean; else None.
+        [1] for k, applied to [mean | max | min] as a residual around the mean; else None. A head
+        whose matrices are zero has the closed form.
+    factors: (2, heads, head_dim, r) float32 with r from 1 to head_dim, or None. They replace the
+        second-order term E[q^2] . Var(k) by (E[q^2] F_q) . (Var(k) F_k), [0] being F_q and [1] F_k.
+        Not with score "mean", which has no such term.
+    modes: per head its static mode, None for a scored head; None where all heads are scored.
     """
 
     tile_shapes: tuple[TileShape, ...]
     density: tuple[float, ...]
     score: str = "closed_form"
     projection: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+    modes: Modes | None = None
 
     def __post_init__(self) -> None:
         if not self.tile_shapes:
@@ -66,6 +76,40 @@ class Plan:
                     f"projection of shape {tuple(self.projection.shape)}: must be "
                     f"(2, {len(self.tile_shapes)}, 3 * head_dim, head_dim)"
                 )
+        self._check_factors()
+        self._check_modes()
+
+    def _check_factors(self) -> None:
+        factors = self.factors
+        if factors is None:
+            return
+        if self.score == "mean":
+            raise PlanError("score 'mean' has no second-order term: leave out factors")
+        if (
+            factors.dim() != 4
+            or factors.shape[:2] != (2, len(self.tile_shapes))
+            or not 1 <= factors.shape[3] <= factors.shape[2]
+            or factors.dtype != torch.float32
+        ):
+            raise PlanError(
+                f"factors are {factors.dtype} of shape {tuple(factors.shape)}: must be "
+                f"torch.float32 of shape (2, {len(self.tile_shapes)}, head_dim, r) with r from 1 "
+                "to head_dim"
+            )
+
+    def _check_modes(self) -> None:
+        if self.modes is None:
+            return
+        if not isinstance(self.modes, tuple) or len(self.modes) != len(self.tile_shapes):
+            raise PlanError(
+                f"modes {self.modes!r}: must be a tuple with one for each of "
+                f"{len(self.tile_shapes)} heads"
+            )
+        for mode in self.modes:
+            if mode is not None and not isinstance(mode, StaticMode):
+                raise PlanError(f"mode {mode!r}: must be a StaticMode, or None for a scored head")
+        if not any(self.modes):
+            object.__setattr__(self, "modes", None)
 
     @classmethod
     def uniform(
@@ -84,6 +128,15 @@ class Plan:
         """Tokens a full tile holds."""
         return math.prod(self.tile_shapes[0])
 
+    def mode(self, head: int) -> StaticMode | None:
+        """The static mode of a head, None where it is scored."""
+        return None if self.modes is None else self.modes[head]
+
+    @property
+    def scored(self) -> list[int]:
+        """The heads that are scored, ascending."""
+        return [head for head in range(self.heads) if self.mode(head) is None]
+
     def groups(self) -> dict[TileShape, list[int]]:
         """Heads by tile shape, in order of first appearance."""
         found: dict[TileShape, list[int]] = {}
@@ -99,6 +152,11 @@ class Plan:
             raise PlanError(
                 f"the plan's projections are for head_dim {self.projection.shape[3]}, "
                 f"the call has {head_dim}"
+            )
+        if self.factors is not None and self.factors.shape[2] != head_dim:
+            raise PlanError(
+                f"the plan's factors are for head_dim {self.factors.shape[2]}, the call has "
+                f"{head_dim}"
             )
 
 

@@ -6,10 +6,25 @@ all but "mean".
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .plan import Plan
 from .statistics import TileStatistics
+
+
+class Moments(NamedTuple):
+    """What one side's features are made of, each (B, h, n, D) float32.
+
+    second: E[x^2] of query tiles, the variance of key tiles. highest, lowest: for score
+    "projection", else None.
+    """
+
+    mean: torch.Tensor
+    second: torch.Tensor
+    highest: torch.Tensor | None
+    lowest: torch.Tensor | None
 
 
 def query_features(
@@ -18,18 +33,28 @@ def query_features(
     """(B, h, n, F) float32 features of query tiles; `scale` is folded in here."""
     if plan.score == "mean":
         return stats.mean * scale
-    if plan.score == "closed_form":
-        return torch.cat([stats.mean * scale, stats.second * (0.5 * scale * scale)], dim=-1)
-    return _projected(stats, plan, heads, side=0) * scale
+    moments = Moments(stats.mean, stats.second, stats.highest, stats.lowest)
+    return query_features_of(moments, plan, heads, scale)
 
 
 def key_features(stats: TileStatistics, plan: Plan, heads: list[int]) -> torch.Tensor:
     """(B, h, n, F) float32 features of key tiles."""
     if plan.score == "mean":
         return stats.mean
-    if plan.score == "closed_form":
-        return torch.cat([stats.mean, stats.variance], dim=-1)
-    return _projected(stats, plan, heads, side=1)
+    moments = Moments(stats.mean, stats.variance, stats.highest, stats.lowest)
+    return key_features_of(moments, plan, heads)
+
+
+def query_features_of(moments: Moments, plan: Plan, heads: list[int], scale: float) -> torch.Tensor:
+    """`query_features` of scores "closed_form" and "projection"; heads: the h of the plan's."""
+    centre, spread = _centre(moments, plan, heads, 0), _spread(moments, plan, heads, 0)
+    return torch.cat([centre * scale, spread * (0.5 * scale * scale)], dim=-1)
+
+
+def key_features_of(moments: Moments, plan: Plan, heads: list[int]) -> torch.Tensor:
+    """`key_features` of scores "closed_form" and "projection"; heads: the h of the plan's."""
+    centre, spread = _centre(moments, plan, heads, 1), _spread(moments, plan, heads, 1)
+    return torch.cat([centre, spread], dim=-1)
 
 
 def tile_scores(
@@ -38,9 +63,10 @@ def tile_scores(
     """Scores (B, h, n, n) float32 of query tile i (dim 2) for key tile j (dim 3).
 
     closed_form: log S_j + mean_i.mean_j * scale + E[q^2]_i.Var(k)_j * scale^2 / 2, the cumulant
-    expansion of the log mass (docs/method.md, section 2). mean: its middle term alone. key_rows:
-    (B or 1, 1, n), rows S_j that count. Tiles with none, and only those, score -inf: what is NaN
-    becomes the largest finite number, so that such tiles are kept and the NaN shows in the output.
+    expansion of the log mass (docs/method.md, section 2). projection: the same with projected
+    means. mean: the middle term alone. key_rows: (B or 1, 1, n), rows S_j that count. Tiles with
+    none, and only those, score -inf: what is NaN becomes the largest finite number, so that such
+    tiles are kept and the NaN shows in the output.
     """
     scores = q_features @ k_features.transpose(-1, -2)
     if plan.score != "mean":
@@ -50,10 +76,27 @@ def tile_scores(
     return scores.masked_fill((key_rows == 0)[..., None, :], -torch.inf)
 
 
-def _projected(stats: TileStatistics, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
-    """mean + [mean | max | min] P: the linear TripPool estimator, residual around the mean."""
-    if plan.projection is None or stats.highest is None or stats.lowest is None:
-        raise AssertionError("score 'projection' needs projections and tile extremes")
-    pooled = torch.cat([stats.mean, stats.highest, stats.lowest], dim=-1)
-    weight = plan.projection[side, heads].to(device=pooled.device, dtype=torch.float32)
-    return stats.mean + pooled @ weight
+def _centre(moments: Moments, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
+    """The mean, or mean + [mean | max | min] P: a residual, so that P = 0 is the mean."""
+    if plan.projection is None:
+        return moments.mean
+    if moments.highest is None or moments.lowest is None:
+        raise AssertionError("score 'projection' needs tile extremes")
+    pooled = torch.cat([moments.mean, moments.highest, moments.lowest], dim=-1)
+    return moments.mean + pooled @ _of_heads(plan.projection[side], plan, heads, pooled.device)
+
+
+def _spread(moments: Moments, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
+    """The second moments, through the plan's factors where it has any."""
+    if plan.factors is None:
+        return moments.second
+    second = moments.second
+    return second @ _of_heads(plan.factors[side], plan, heads, second.device)
+
+
+def _of_heads(
+    weights: torch.Tensor, plan: Plan, heads: list[int], device: torch.device
+) -> torch.Tensor:
+    """weights (H, ...) of `heads`, on `device`. All heads need no index, hence no copy of one."""
+    weights = weights.to(device=device, dtype=torch.float32)
+    return weights if heads == list(range(plan.heads)) else weights[heads]

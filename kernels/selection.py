@@ -10,8 +10,9 @@ from .budget import tiles_to_keep
 from .call import AttentionCall, Selection
 from .plan import TileShape
 from .scores import key_features, query_features, tile_scores
+from .static_modes import static_lists
 from .statistics import tile_statistics
-from .tiles import TileTable, tile_table
+from .tiles import TileTable, tile_table, tiles_with_keys
 
 
 def select_tiles(call: AttentionCall) -> Selection:
@@ -19,6 +20,7 @@ def select_tiles(call: AttentionCall) -> Selection:
 
     Within each video segment of the keys the highest scores win, ties going to the lower tile
     number; the query's own tile is always kept and counted; tiles without a valid key never are.
+    Static heads keep what their mode says, but for tiles without a valid key.
     """
     call = call.with_flag_read()
     keeps = {shape: _kept(call, shape, heads) for shape, heads in call.plan.groups().items()}
@@ -29,7 +31,7 @@ def lists_of(keeps: dict[TileShape, torch.Tensor], call: AttentionCall) -> Selec
     """Turn boolean maps (B, h, n, n), one per group of heads, into padded ascending lists."""
     batch, heads = call.q.shape[:2]
     rows = max(keep.shape[2] for keep in keeps.values())
-    width = max(int(keep.sum(-1).max()) for keep in keeps.values())
+    width = max(1, *(int(keep.sum(-1).max()) for keep in keeps.values()))
     indices = torch.zeros(batch, heads, rows, width, dtype=torch.int32, device=call.q.device)
     counts = torch.zeros(batch, heads, rows, dtype=torch.int32, device=call.q.device)
     groups = call.plan.groups()
@@ -56,6 +58,24 @@ def kept_map(selection: Selection, heads: list[int], tiles: int) -> torch.Tensor
 def _kept(call: AttentionCall, shape: TileShape, heads: list[int]) -> torch.Tensor:
     """(B, h, n, n) bool for the heads that share one tile shape."""
     table = tile_table(call.layout, shape, call.q.device)
+    scored = [head for head in heads if call.plan.mode(head) is None]
+    if scored == heads:
+        return _kept_by_score(call, table, shape, heads)
+    sizes = (call.q.shape[0], len(heads), table.tiles, table.tiles)
+    keep = torch.zeros(sizes, dtype=torch.bool, device=call.q.device)
+    if scored:
+        keep[:, [heads.index(head) for head in scored]] = _kept_by_score(call, table, shape, scored)
+    for place, head in enumerate(heads):
+        mode = call.plan.mode(head)
+        if mode is not None:
+            keep[:, place] = static_lists(call.layout, shape, mode).map().to(keep.device)
+    return keep & tiles_with_keys(table, call.key_valid)[:, None, None]
+
+
+def _kept_by_score(
+    call: AttentionCall, table: TileTable, shape: TileShape, heads: list[int]
+) -> torch.Tensor:
+    """(B, h, n, n) bool for scored heads: the best of each video segment."""
     scores = _scores(call, table, heads)
     own = torch.eye(table.tiles, dtype=torch.bool, device=scores.device)
     scores = scores.masked_fill(own & (scores > -torch.inf), torch.inf)

@@ -93,6 +93,18 @@ def tile_table(layout: Layout, shape: TileShape, device: torch.device) -> TileTa
     )
 
 
+def tiles_with_keys(table: TileTable, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B, n) bool, or (1, n) where `valid` is None: tiles with a key that counts.
+
+    valid: (B, Nk) bool on the table's device, or None for all keys.
+    """
+    there = table.rows >= 0
+    if valid is None:
+        return there.any(-1)[None]
+    counted = valid[:, table.rows.clamp(min=0).long().flatten()].view(-1, *there.shape)
+    return (counted & there).any(-1)
+
+
 def _query_of_key(layout: Layout, device: torch.device) -> torch.Tensor:
     """(Nk,) int32, the number among the queries of each key, -1 for context tokens."""
     is_query = torch.ones(layout.length, dtype=torch.bool, device=device)

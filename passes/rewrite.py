@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ..kernels.layout import CONTEXT, EXTRA, VIDEO
-from ..kernels.op import sparse_attention_v1
+from ..kernels.op import sparse_attention_v2
 from .analyse import Finding
 from .dead import erase, takes_output
 from .layout import SiteLayout
@@ -33,7 +33,7 @@ _REST = -1
 class PlanInputs:
     """Which plan inputs a site takes. Sites with equal keys share them.
 
-    key: the plan's name. projection: the plan brings score projections.
+    key: the plan's name. projection, factors, modes, columns: the plan brings these tensors.
     grids: number of video segments whose grids are told per call; 0 where the graph knows them.
     order: the layout whose tokens are brought into raster order; None where they stand so.
     """
@@ -42,6 +42,9 @@ class PlanInputs:
     projection: bool
     grids: int
     order: SiteLayout | None = None
+    factors: bool = False
+    modes: bool = False
+    columns: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +55,19 @@ class ExtraInputs:
     tile_shapes: fx.Node
     density: fx.Node
     projection: fx.Node | None
+    factors: fx.Node | None
+    modes: fx.Node | None
+    columns: fx.Node | None
     grids: fx.Node | None
     order: fx.Node | None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """The inputs that were added, in the graph's order."""
-        found = (self.tile_shapes, self.density, self.projection, self.grids, self.order)
+        found = (
+            self.tile_shapes, self.density, self.projection, self.factors, self.modes,
+            self.columns, self.grids, self.order,
+        )  # fmt: skip
         return tuple(node for node in found if node is not None)
 
 
@@ -89,12 +98,12 @@ class Rewriter:
         extra = self._extra.get(inputs) or self._add_inputs(inputs)
         names: list[fx.Node | None] = [
             extra.tile_shapes, extra.density, extra.projection, extra.grids, extra.order,
-            self.keep_all,
+            self.keep_all, extra.factors, extra.modes, extra.columns,
         ]  # fmt: skip
         for outer in site.calls:
             names = [None if node is None else lift(outer.node, outer.module, node)
                      for node in names]  # fmt: skip
-        tile_shapes, density, projection, grids, order, keep_all = names
+        tile_shapes, density, projection, grids, order, *optional = names
         assert finding.dims is not None
         dtype = finding.dims.dtype
         graph = site.owner.graph
@@ -112,9 +121,9 @@ class Rewriter:
                     for x, side in ((q, 2), (k, 2), (v, 2), (valid, 1))
                 )
             call = graph.call_function(
-                sparse_attention_v1._opoverload,
+                sparse_attention_v2._opoverload,
                 (*ordered, layout, grids, tile_shapes, density, projection, self._score,
-                 site.scale, self._executor, keep_all),
+                 site.scale, self._executor, *optional),
             )  # fmt: skip
             out = graph.call_function(operator.getitem, (call, 0))
             if order is not None:
@@ -168,6 +177,9 @@ class Rewriter:
                 ("tile_shapes", True),
                 ("density", True),
                 ("projection", inputs.projection),
+                ("factors", inputs.factors),
+                ("modes", inputs.modes),
+                ("columns", inputs.columns),
                 ("grids", inputs.grids > 0),
                 ("order", inputs.order is not None),
             )
@@ -178,6 +190,9 @@ class Rewriter:
             nodes["tile_shapes"],
             nodes["density"],
             nodes.get("projection"),
+            nodes.get("factors"),
+            nodes.get("modes"),
+            nodes.get("columns"),
             nodes.get("grids"),
             nodes.get("order"),
         )

@@ -29,7 +29,8 @@ from triton.runtime.jit import JITFunction
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
-from veda_compile.kernels.triton import attend, choose, pool
+from veda_compile.kernels.static_modes import StaticMode
+from veda_compile.kernels.triton import attend, choose, place, pool
 from veda_compile.kernels.triton.configs import HEAD_DIMS, TILE_SIZES
 from veda_compile.kernels.triton.executor import TritonExecutor
 
@@ -37,6 +38,7 @@ CAPABILITIES = (80, 90, 100)
 _KERNELS = {
     "attend": attend.attend_kernel,
     "choose": choose.choose_kernel,
+    "place": place.place_kernel,
     "pool": pool.pool_kernel,
 }
 _OPTIONS = ("num_warps", "num_stages")
@@ -111,10 +113,15 @@ def _calls() -> Iterator[AttentionCall]:
     projection = torch.empty(2, 16, 384, 128, device="meta")
     trained = Plan((cube,) * 16, (0.1,) * 16, "projection", projection)
     yield _call(layout, trained, 128, torch.bfloat16)
+    factors = torch.empty(2, 16, 128, 16, device="meta")
+    modes = (None, StaticMode("diagonal", (2, 0)), StaticMode("full"), StaticMode("skip")) * 4
+    mixed = Plan((cube,) * 16, (0.1,) * 16, factors=factors, modes=modes)
+    yield _call(layout, mixed, 128, torch.bfloat16)
     # reading a meta tensor raises: that the host does not wait for the flag shows here too
     flag = torch.empty((), dtype=torch.bool, device="meta")
     cached = Layout.of(Context(1024), *layout.segments)
     yield _call(cached, Plan.uniform(16, cube, 0.1), 128, torch.bfloat16, flag)
+    yield _call(cached, mixed, 128, torch.bfloat16, flag)
 
 
 def _call(

@@ -14,7 +14,8 @@ import torch
 
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Context, Layout, Video
-from veda_compile.kernels.plan import TileShape
+from veda_compile.kernels.plan import Plan, TileShape
+from veda_compile.kernels.static_modes import StaticMode
 
 Box = tuple[int, int, int, int]
 """A tile: (segment, box along t, along h, along w)."""
@@ -79,7 +80,7 @@ def naive_selection(
     k: torch.Tensor,
     valid: list[bool],
 ) -> dict[Box, list[Box]]:
-    """The key tiles every query tile keeps, by the closed form or the mean score."""
+    """The key tiles every query tile keeps, by the plan's score or the head's static mode."""
     keep_all = call.keep_all is not None and bool(call.keep_all)
     plan, shape = call.plan, call.plan.tile_shapes[head]
     members: dict[Box, list[int]] = {}
@@ -95,6 +96,11 @@ def naive_selection(
             q_rows = torch.stack([q[token] for token in members[q_box]])
             for k_segment in sorted({box[0] for box in members}):
                 k_boxes = sorted(box for box in members if box[0] == k_segment)
+                mode = plan.mode(head)
+                if mode is not None and not keep_all:
+                    kept = naive_static(mode, q_box, q_boxes, k_boxes)
+                    lists[q_box] += [box for box in kept if keys[box]]
+                    continue
                 budget = _budget(
                     plan.density[head],
                     math.prod(shape),
@@ -109,7 +115,7 @@ def naive_selection(
                     (box for box in k_boxes if keys[box]),
                     key=lambda box: (
                         box != q_box,
-                        -naive_score(plan.score, q_rows, k[keys[box]], call.scale),
+                        -naive_score(plan, head, q_rows, k[keys[box]], call.scale),
                         box,
                     ),
                 )
@@ -124,10 +130,48 @@ def _budget(density: float, size: int, q_tokens: int, k_tokens: int, place: int,
     return int(whole) + int(math.floor((place + 1) * part) > math.floor(place * part))
 
 
-def naive_score(score: str, q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
-    """Of the rows q of a query tile and the rows k of a key tile, both (rows, D)."""
-    mean = scale * float(q.mean(0) @ k.mean(0))
-    if score == "mean":
-        return mean
-    variance = ((k - k.mean(0)) ** 2).mean(0)
-    return math.log(len(k)) + mean + scale**2 / 2 * float((q**2).mean(0) @ variance)
+def naive_score(plan: Plan, head: int, q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
+    """Of the rows q of a query tile and the rows k of a key tile, both (rows, D) in float64."""
+    means = [q.mean(0), k.mean(0)]
+    if plan.score == "mean":
+        return scale * float(means[0] @ means[1])
+    if plan.projection is not None:
+        for side, rows in enumerate((q, k)):
+            pooled = torch.cat([rows.mean(0), rows.amax(0), rows.amin(0)])
+            means[side] = means[side] + pooled @ plan.projection[side, head].double()
+    spread = [(q**2).mean(0), ((k - k.mean(0)) ** 2).mean(0)]
+    if plan.factors is not None:
+        spread = [x @ plan.factors[side, head].double() for side, x in enumerate(spread)]
+    second = scale**2 / 2 * float(spread[0] @ spread[1])
+    return math.log(len(k)) + scale * float(means[0] @ means[1]) + second
+
+
+def naive_static(mode: StaticMode, q_box: Box, q_boxes: list[Box], k_boxes: list[Box]) -> list[Box]:
+    """The key tiles of one segment that a static head's query tile keeps."""
+    q_sides, k_sides = (
+        [1 + max(box[side] for box in boxes) for side in (1, 2, 3)] for boxes in (q_boxes, k_boxes)
+    )
+    # the tile where the middle of the query tile lies, as a share of each side of the grid
+    at = [math.floor(Fraction(2 * x + 1, 2 * q) * k)
+          for x, q, k in zip(q_box[1:], q_sides, k_sides, strict=True)]  # fmt: skip
+    kept = []
+    for box in k_boxes:
+        t, h, w = box[1:]
+        in_frame = h * k_sides[2] + w - (at[1] * k_sides[2] + at[2])
+        in_grid = (t - at[0]) * k_sides[1] * k_sides[2] + in_frame
+        if mode.kind == "full":
+            keep = True
+        elif mode.kind == "skip":
+            keep = False
+        elif mode.kind == "diagonal":
+            keep = abs(in_grid) <= mode.reach[0]
+        elif mode.kind == "multi_diagonal":
+            keep = abs(t - at[0]) <= mode.reach[0] and abs(in_frame) <= mode.reach[1]
+        else:
+            columns = [[math.floor(round(share, 6) * side) for share, side
+                        in zip(column, k_sides, strict=True)]
+                       for column in mode.columns]  # fmt: skip
+            keep = [t, h, w] in [*columns, at]
+        if keep:
+            kept.append(box)
+    return kept

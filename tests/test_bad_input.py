@@ -164,7 +164,7 @@ BAD_SIDECARS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (lambda path: path.unlink(), ("No such file",)),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), ("bytes",)),
     "empty": (lambda path: path.write_bytes(b""), ("no safetensors file",)),
-    "version": (edit(lambda d, _: d.update(version=99)), ("99", "1")),
+    "version": (edit(lambda d, _: d.update(version=99)), ("99", "2")),
     "nan": (
         edit(lambda d, t: fill(next(t[n] for n in t if "density" in n), float("nan"))),
         ("nan", "above 0 and at most 1"),

@@ -9,7 +9,7 @@ from veda_compile import Context, Extra, Layout, LayoutError, Plan, Video, spars
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.cpu_gather import gather_attend
 from veda_compile.kernels.executors import EXECUTOR_NAMES, execute
-from veda_compile.kernels.op import sparse_attention_v1
+from veda_compile.kernels.op import sparse_attention_v2
 from veda_compile.kernels.selection import select_tiles
 
 VIDEO, TEXT, CACHE = Video(2, 5, 13), Extra(4), Context(20)
@@ -113,7 +113,7 @@ def test_context_costs_no_budget_and_is_always_kept() -> None:
 
 def op_call(layout: list[int], queries: int, keys: int, grids: torch.Tensor | None = None):
     q, k, v = (normal(n, 2, seed) for seed, n in enumerate((queries, keys, keys)))
-    return sparse_attention_v1(
+    return sparse_attention_v2(
         q, k, v, None, layout, grids,
         torch.tensor([[1, 4, 4], [2, 2, 4]], dtype=torch.int32),
         torch.tensor([0.3, 0.4], dtype=torch.float64),

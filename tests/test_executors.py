@@ -29,6 +29,7 @@ from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan, count_tiles, factorisations, least_padding_shape
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import kept_map, select_tiles
+from veda_compile.kernels.static_modes import Modes, StaticMode
 from veda_compile.kernels.tiles import tile_table
 
 EXAMPLES = {"reference": 70, "cpu": 118, "triton": 12}
@@ -91,7 +92,7 @@ def calls(draw: st.DrawFn, bounds: Bounds) -> AttentionCall:
     density = draw(
         st.lists(st.sampled_from([0.01, 0.2, 0.35, 0.5, 0.9, 1.0]), min_size=heads, max_size=heads)
     )
-    score = draw(st.sampled_from(["closed_form", "mean"]))
+    score = draw(st.sampled_from(["closed_form", "mean", "projection"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     q, k, v = (
         draw(stored(batch, h, tokens, traits.head_dim, traits.dtype, generator))
@@ -106,9 +107,37 @@ def calls(draw: st.DrawFn, bounds: Bounds) -> AttentionCall:
     if valid is not None:
         for x in (k, v):
             x.masked_fill_(~valid[:, None, :, None], torch.nan)
-    plan = Plan(tuple(shapes), tuple(density), score)
+    dim = traits.head_dim
+    projection = 0.1 * torch.randn(2, heads, 3 * dim, dim, generator=generator)
+    rank = draw(st.sampled_from([None, 1, 3]))
+    factors = None
+    if rank is not None and score != "mean":
+        factors = torch.randn(2, heads, dim, rank, generator=generator)
+    plan = Plan(
+        tuple(shapes),
+        tuple(density),
+        score,
+        projection if score == "projection" else None,
+        factors,
+        draw(st.none() | modes(heads)),
+    )
     keep_all = draw(st.sampled_from([None, None, torch.tensor(False), torch.tensor(True)]))
     return AttentionCall(q, k, v, layout, plan, scale, valid, keep_all)
+
+
+def modes(heads: int) -> st.SearchStrategy[Modes]:
+    """A static mode, or none, for each head."""
+    share = st.integers(0, 9).map(lambda tenth: tenth / 10)
+    reach = st.integers(0, 3)
+    columns = st.lists(st.tuples(share, share, share), min_size=1, max_size=3).map(tuple)
+    one = st.one_of(
+        st.none(),
+        st.builds(StaticMode, st.sampled_from(["full", "skip"])),
+        st.builds(StaticMode, st.just("diagonal"), st.tuples(reach, st.just(0))),
+        st.builds(StaticMode, st.just("multi_diagonal"), st.tuples(reach, reach)),
+        st.builds(StaticMode, st.just("stripe"), columns=columns),
+    )
+    return st.lists(one, min_size=heads, max_size=heads).map(tuple)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The op `veda::sparse_attention_v1`, eager, fake and compiled, and the functional API."""
+"""The op `veda::sparse_attention_v2`, eager, fake and compiled, and the functional API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veda_compile.functional import sparse_attention
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.errors import ExecutorError, LayoutError, PlanError
 from veda_compile.kernels.layout import Extra, Layout, Video
-from veda_compile.kernels.op import OP_NAME, sparse_attention_v1
+from veda_compile.kernels.op import OP_NAME, sparse_attention_v2
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import select_tiles
@@ -65,22 +65,22 @@ def projected_plan():
 def test_opcheck(args):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor",
               "test_aot_dispatch_dynamic")  # fmt: skip
-    torch.library.opcheck(sparse_attention_v1, args, test_utils=checks)
+    torch.library.opcheck(sparse_attention_v2, args, test_utils=checks)
 
 
 def test_the_name_carries_the_version():
-    assert OP_NAME == "veda::sparse_attention_v1"
-    assert torch.ops.veda.sparse_attention_v1.default is sparse_attention_v1._opoverload
+    assert OP_NAME == "veda::sparse_attention_v2"
+    assert torch.ops.veda.sparse_attention_v2.default is sparse_attention_v2._opoverload
 
 
 @pytest.mark.parametrize("executor", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_lie_as_the_fake_says(executor, dtype):
     args = op_args(*qkv(dtype=dtype), executor=executor)
-    real = sparse_attention_v1(*args)
+    real = sparse_attention_v2(*args)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
-        fake = sparse_attention_v1(*fakes)
+        fake = sparse_attention_v2(*fakes)
     for one, other in zip(real, fake, strict=True):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
     assert real[0].transpose(1, 2).is_contiguous()  # as models read it next
@@ -94,7 +94,7 @@ def test_keeping_everything_is_dense_attention(kv_heads):
         q, k, v, attn_mask=valid[:, None, None], scale=0.3, enable_gqa=True
     )
     plan = Plan(PLAN.tile_shapes, (1.0, 1.0))
-    out, lse = sparse_attention_v1(*op_args(q, k, v, valid, plan=plan, scale=0.3))
+    out, lse = sparse_attention_v2(*op_args(q, k, v, valid, plan=plan, scale=0.3))
     assert (out - dense).abs().max() <= 2e-5
     logits = 0.3 * q @ k.repeat_interleave(2 // kv_heads, 1).transpose(2, 3)
     right = logits.masked_fill(~valid[:, None, None], -torch.inf).logsumexp(-1)
@@ -104,7 +104,7 @@ def test_keeping_everything_is_dense_attention(kv_heads):
 def test_dropping_tiles_changes_video_rows_alone():
     q, k, v = qkv()
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    out, _ = sparse_attention_v1(*op_args(q, k, v))
+    out, _ = sparse_attention_v2(*op_args(q, k, v))
     error = (out - dense).abs().amax((0, 1, 3))
     video = slice(3, 67)
     assert error[video].min() > 1e-3
@@ -117,27 +117,27 @@ def test_the_op_is_selection_and_attention_of_the_call():
     valid = padding()
     call = AttentionCall(q, k, v, LAYOUT, PLAN, 0.7, valid)
     right = ReferenceExecutor().attend(call, select_tiles(call))
-    found = sparse_attention_v1(*op_args(q, k, v, valid, scale=0.7))
+    found = sparse_attention_v2(*op_args(q, k, v, valid, scale=0.7))
     for one, other in zip(found, right, strict=True):
         assert torch.equal(one, other)
 
 
 def test_no_scale_is_one_over_the_root_of_head_dim():
     q, k, v = qkv()
-    default, _ = sparse_attention_v1(*op_args(q, k, v))
-    assert torch.equal(default, sparse_attention_v1(*op_args(q, k, v, scale=0.25))[0])
-    assert not torch.equal(default, sparse_attention_v1(*op_args(q, k, v, scale=0.3))[0])
+    default, _ = sparse_attention_v2(*op_args(q, k, v))
+    assert torch.equal(default, sparse_attention_v2(*op_args(q, k, v, scale=0.25))[0])
+    assert not torch.equal(default, sparse_attention_v2(*op_args(q, k, v, scale=0.3))[0])
 
 
 def test_padding_neither_counts_nor_leaks():
     q, k, v = qkv()
     valid = padding()
-    out, _ = sparse_attention_v1(*op_args(q, k, v, valid))
+    out, _ = sparse_attention_v2(*op_args(q, k, v, valid))
     for x in (k, v):
         x.masked_fill_(~valid[:, None, :, None], torch.nan)
-    assert torch.equal(sparse_attention_v1(*op_args(q, k, v, valid))[0], out)
+    assert torch.equal(sparse_attention_v2(*op_args(q, k, v, valid))[0], out)
     valid[0] = False
-    out, lse = sparse_attention_v1(*op_args(q, k, v, valid))
+    out, lse = sparse_attention_v2(*op_args(q, k, v, valid))
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert (lse[0] == -torch.inf).all()
     assert out[1].isfinite().all() and out[1].abs().max() > 0
@@ -145,7 +145,7 @@ def test_padding_neither_counts_nor_leaks():
 
 def test_grids_replace_those_of_the_layout():
     args = qkv()
-    right, _ = sparse_attention_v1(*op_args(*args))
+    right, _ = sparse_attention_v2(*op_args(*args))
     told = torch.tensor([[2, 4, 8]])
     for layout in (
         [0, 3, 1, 1, 1, 0, 0, 0, 0, 5, 1, 1],
@@ -154,20 +154,20 @@ def test_grids_replace_those_of_the_layout():
         [0, 3, 1, 1, 1, 0, 0, 0, 0, -1, 1, 1],
     ):
         assert torch.equal(
-            sparse_attention_v1(*op_args(*args, layout=layout, grids=told))[0], right
+            sparse_attention_v2(*op_args(*args, layout=layout, grids=told))[0], right
         )
     other = torch.tensor([[1, 8, 8]])  # as many tokens, other neighbours
     layout = [0, 3, 1, 1, 1, 0, 0, 0, 0, 5, 1, 1]
     assert not torch.equal(
-        sparse_attention_v1(*op_args(*args, layout=layout, grids=other))[0], right
+        sparse_attention_v2(*op_args(*args, layout=layout, grids=other))[0], right
     )
 
 
 def test_the_rest_may_be_nothing():
     q, k, v = (x[:, :, 3:67] for x in qkv())
     layout = [1, 2, 4, 8, 0, -1, 1, 1]
-    found, _ = sparse_attention_v1(*op_args(q, k, v, layout=layout))
-    right, _ = sparse_attention_v1(*op_args(q, k, v, layout=[1, 2, 4, 8]))
+    found, _ = sparse_attention_v2(*op_args(q, k, v, layout=layout))
+    right, _ = sparse_attention_v2(*op_args(q, k, v, layout=[1, 2, 4, 8]))
     assert torch.equal(found, right)
 
 
@@ -196,7 +196,7 @@ GRID = torch.tensor([[2, 4, 8]])
 )
 def test_layouts_that_do_not_fit(layout, grids, message):
     with pytest.raises(LayoutError, match=message):
-        sparse_attention_v1(*op_args(*qkv(), layout=layout, grids=grids))
+        sparse_attention_v2(*op_args(*qkv(), layout=layout, grids=grids))
 
 
 def changed(place, value):
@@ -229,7 +229,7 @@ def changed(place, value):
 )
 def test_what_does_not_fit_is_refused(args, error, message):
     with pytest.raises(error, match=message):
-        sparse_attention_v1(*args)
+        sparse_attention_v2(*args)
 
 
 def test_there_is_no_silent_lack_of_a_gradient():
@@ -248,7 +248,7 @@ def test_what_the_functional_api_returns():
     valid = padding()
     options = {"layout": LAYOUT, "plan": PLAN, "scale": 0.7, "key_valid": valid}
     options["executor"] = "reference"
-    right, right_lse = sparse_attention_v1(*op_args(q, k, v, valid, scale=0.7))
+    right, right_lse = sparse_attention_v2(*op_args(q, k, v, valid, scale=0.7))
     chosen = select_tiles(AttentionCall(q, k, v, LAYOUT, PLAN, 0.7, valid))
     assert torch.equal(sparse_attention(q, k, v, **options), right)
     out, lse = sparse_attention(q, k, v, **options, return_lse=True)
@@ -264,7 +264,7 @@ def test_what_the_functional_api_returns():
 
 def test_the_functional_api_passes_projections_on():
     q, k, v = qkv()
-    right, _ = sparse_attention_v1(*op_args(q, k, v, plan=projected_plan()))
+    right, _ = sparse_attention_v2(*op_args(q, k, v, plan=projected_plan()))
     found = sparse_attention(q, k, v, layout=LAYOUT, plan=projected_plan(), executor="reference")
     assert torch.equal(found, right)
 

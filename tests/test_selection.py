@@ -44,15 +44,21 @@ def constant_in_tiles(values, rows=64, head_dim=64):
     return x
 
 
-@pytest.mark.parametrize("score", ["closed_form", "mean"])
+@pytest.mark.parametrize("score", ["closed_form", "mean", "projection"])
+@pytest.mark.parametrize("rank", [None, 1, 3, 6])
 @pytest.mark.parametrize("masked", [False, True])
-def test_scores_are_the_formula(score, masked):
-    layout, plan = Layout.of(Extra(3), Video(3, 4, 5)), Plan.uniform(2, (2, 3, 2), 0.5, score)
+def test_scores_are_the_formula(score, rank, masked):
+    if score == "mean" and rank is not None:
+        pytest.skip("the mean score has no second-order term")
+    layout = Layout.of(Extra(3), Video(3, 4, 5))
+    projection = 0.3 * normal(2, 2, 18, 6, seed=3) if score == "projection" else None
+    factors = None if rank is None else normal(2, 2, 6, rank, seed=4)
+    plan = Plan(((2, 3, 2),) * 2, (0.5,) * 2, score, projection, factors)
     q, k = normal(2, 2, 63, 6), normal(2, 2, 63, 6, seed=1) + 0.5
     valid = torch.rand(2, 63, generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
     table, scale = tile_table(layout, (2, 3, 2), CPU), 0.7
-    q_stats = tile_statistics(q, table.rows, None, False)
-    k_stats = tile_statistics(k, table.rows, valid, False)
+    q_stats = tile_statistics(q, table.rows, None, score == "projection")
+    k_stats = tile_statistics(k, table.rows, valid, score == "projection")
     found = tile_scores(
         query_features(q_stats, plan, [0, 1], scale),
         key_features(k_stats, plan, [0, 1]),
@@ -69,31 +75,43 @@ def test_scores_are_the_formula(score, masked):
                     right = -math.inf
                     if counted:
                         one, other = q[b, h, q_rows].double(), k[b, h, counted].double()
-                        right = naive_score(score, one, other, scale)
-                    assert float(found[b, h, i, j]) == pytest.approx(right, abs=1e-5)
+                        right = naive_score(plan, h, one, other, scale)
+                    assert float(found[b, h, i, j]) == pytest.approx(right, rel=1e-5, abs=1e-5)
 
 
-def test_projection_score_is_a_residual_around_the_mean():
-    layout = Layout.of(Video(1, 2, 4))
-    projection = normal(2, 1, 9, 3)
-    plan = Plan(((1, 1, 4),), (0.5,), "projection", projection)
-    q, k = normal(1, 1, 8, 3), normal(1, 1, 8, 3, seed=1)
-    table = tile_table(layout, (1, 1, 4), CPU)
-    q_stats, k_stats = (tile_statistics(x, table.rows, None, True) for x in (q, k))
-    found = tile_scores(
-        query_features(q_stats, plan, [0], 0.5), key_features(k_stats, plan, [0]),
-        k_stats.count, plan,
-    )  # fmt: skip
+@EVERY_EXECUTOR
+def test_a_projection_of_zeros_is_the_closed_form(executor):
+    layout, shapes, density = Layout.of(Video(3, 8, 40)), ((1, 8, 8), (2, 4, 8)), (0.3, 0.3)
+    q, k = normal(1, 2, 960, 64), normal(1, 2, 960, 64, seed=1)
+    projection = 0.1 * normal(2, 2, 192, 64, seed=2)
+    projection[:, 0] = 0.0  # the first head falls back, the second does not
+    right = choose(executor, q, k, layout, Plan(shapes, density))
+    plan = Plan(shapes, density, "projection", projection)
+    found = choose(executor, q, k, layout, plan)
+    assert lists(found) == lists(right)
+    assert lists(found, head=1) != lists(right, head=1)
 
-    def estimate(rows, side):
-        pooled = torch.cat([rows.mean(0), rows.amax(0), rows.amin(0)])
-        return rows.mean(0) + pooled @ projection[side, 0]
 
-    for i in range(2):
-        for j in range(2):
-            q_rows, k_rows = q[0, 0, 4 * i : 4 * i + 4], k[0, 0, 4 * j : 4 * j + 4]
-            right = math.log(4) + 0.5 * float(estimate(q_rows, 0) @ estimate(k_rows, 1))
-            assert float(found[0, 0, i, j]) == pytest.approx(right, abs=1e-5)
+@EVERY_EXECUTOR
+@pytest.mark.parametrize("projected", [False, True])
+def test_factors_replace_the_second_order_term(executor, projected):
+    """Channel 0 alone tells the tiles apart; factors that leave it out make them tie."""
+    q, k = constant_in_tiles([1.0] * 4), spread([0.1, 0.2, 0.9, 0.4])
+    layout, shapes = Layout.of(Video(1, 4, 64)), (ROW,)
+    projection = torch.zeros(2, 1, 192, 64) if projected else None
+    score = "projection" if projected else "closed_form"
+    seeing, blind = torch.zeros(2, 1, 64, 2), torch.zeros(2, 1, 64, 2)
+    seeing[:, :, 0, 1], blind[:, :, 1:, 1] = 1.0, 1.0
+    turned = seeing.clone()
+    turned[1] *= -1
+    wanted = {
+        seeing: [[0, 2], [1, 2], [2, 3], [2, 3]],
+        blind: [[0, 1], [0, 1], [0, 2], [0, 3]],
+        turned: [[0, 1], [0, 1], [0, 2], [0, 3]],
+    }
+    for factors, right in wanted.items():
+        plan = Plan(shapes, (0.5,), score, projection, factors)
+        assert lists(choose(executor, q, k, layout, plan)) == right
 
 
 def test_variance_keeps_its_digits_on_a_large_mean():

@@ -21,6 +21,7 @@ from veda_compile.errors import SidecarError
 from veda_compile.sidecar import Sidecar
 
 NAME = "model.veda.safetensors"
+NOTHING_MORE = {"static": False, "columns": 0, "rank": 0}
 Document = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
@@ -47,8 +48,8 @@ def layer(document: Document) -> dict[str, Any]:
 
 
 BAD_DOCUMENTS: dict[str, tuple[Callable[[Document], Any], str]] = {
-    "version-2": (lambda d: d.update(version=2), "version is 2"),
-    "version-text": (lambda d: d.update(version="1"), "version is '1'"),
+    "version-1": (lambda d: d.update(version=1), "version is 1: this release reads version 2"),
+    "version-text": (lambda d: d.update(version="2"), "version is '2'"),
     "version-true": (lambda d: d.update(version=True), "version is True"),
     "no-version": (lambda d: d.pop("version"), "'version'"),
     "unknown-key": (lambda d: d.update(scores="mean"), "'scores' (did you mean 'score'?)"),
@@ -72,7 +73,7 @@ BAD_DOCUMENTS: dict[str, tuple[Callable[[Document], Any], str]] = {
     "layers-many": (
         lambda d: d["model"].update(
             layers=[
-                {"name": str(i), "heads": 1, "head_dim": 1, "fingerprint": None}
+                {"name": str(i), "heads": 1, "head_dim": 1, "fingerprint": None, **NOTHING_MORE}
                 for i in range(10_001)
             ]
         ),

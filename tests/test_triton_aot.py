@@ -37,7 +37,7 @@ def compiled(tmp_path_factory):
 def test_every_kernel_and_shape_was_compiled(compiled):
     for capability in _SHARED_MEMORY:
         of_one = [item for item in compiled if item["capability"] == capability]
-        assert {item["kernel"] for item in of_one} == {"attend", "choose", "pool"}
+        assert {item["kernel"] for item in of_one} == {"attend", "choose", "place", "pool"}
         shapes = {
             (item["dtype"], item["constants"]["HEAD_DIM"], item["constants"]["TILE"])
             for item in of_one
@@ -48,8 +48,15 @@ def test_every_kernel_and_shape_was_compiled(compiled):
 
 
 def test_selection_is_compiled_with_and_without_the_flag(compiled):
-    flags = {item["constants"]["FLAGGED"] for item in compiled if item["kernel"] == "choose"}
-    assert flags == {True, False}
+    for kernel in ("choose", "place"):
+        flags = {item["constants"]["FLAGGED"] for item in compiled if item["kernel"] == kernel}
+        assert flags == {True, False}
+
+
+def test_statistics_are_compiled_for_all_heads_and_for_some(compiled):
+    for kernel in ("choose", "pool"):
+        picked = {item["constants"]["PICKED"] for item in compiled if item["kernel"] == kernel}
+        assert picked == {True, False}
 
 
 def test_no_register_spills(compiled):

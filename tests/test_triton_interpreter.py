@@ -16,7 +16,7 @@ from triton.runtime import interpreter  # noqa: E402
 from veda_compile.kernels.call import AttentionCall, Selection  # noqa: E402
 from veda_compile.kernels.executors import Traits  # noqa: E402
 from veda_compile.kernels.layout import Context, Extra, Layout, Video  # noqa: E402
-from veda_compile.kernels.op import sparse_attention_v1  # noqa: E402
+from veda_compile.kernels.op import sparse_attention_v2  # noqa: E402
 from veda_compile.kernels.plan import Plan  # noqa: E402
 from veda_compile.kernels.reference import ReferenceExecutor  # noqa: E402
 from veda_compile.kernels.triton import attend  # noqa: E402
@@ -191,10 +191,11 @@ def test_equal_scores_go_to_the_lower_tile():
     layout, shapes = Layout.of(Video(2, 4, 40)), ((2, 4, 8),)
     scores = torch.tensor([0.0, -0.0, -0.0, 0.0, -1.0]).repeat(1, 1, 5, 1)
     tables = layer_tables(layout, shapes, scores.device)
-    budgets, width = budget_table(layout, shapes, (0.4,), scores.device)
-    indices, counts = choose(scores, False, key_rows(tables, None), tables, budgets, width)
-    assert indices[0, 0].tolist() == [[0, 1], [0, 1], [0, 2], [0, 3], [0, 4]]
-    assert (counts == 2).all()
+    budgets, width = budget_table(layout, shapes, (0.4,), tables.most_tiles, scores.device)
+    selection = Selection(*(torch.empty(1, 1, 5, *w, dtype=torch.int32) for w in ((width,), ())))
+    choose(scores, False, key_rows(tables, None), tables, budgets, selection)
+    assert selection.indices[0, 0].tolist() == [[0, 1], [0, 1], [0, 2], [0, 3], [0, 4]]
+    assert (selection.counts == 2).all()
 
 
 def test_wide_selection_keeps_the_best():
@@ -294,8 +295,8 @@ def test_through_the_op():
         torch.tensor(plan.density, dtype=torch.float64),
         *(None, plan.score, None),
     )
-    out, lse = sparse_attention_v1(*arguments, "triton")
-    wanted_out, wanted_lse = sparse_attention_v1(*arguments, "reference")
+    out, lse = sparse_attention_v2(*arguments, "triton")
+    wanted_out, wanted_lse = sparse_attention_v2(*arguments, "reference")
     torch.testing.assert_close(out, wanted_out, atol=4e-6, rtol=4e-6)
     torch.testing.assert_close(lse, wanted_lse, atol=1e-5, rtol=1e-5)
 

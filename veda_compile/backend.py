@@ -110,7 +110,15 @@ def _compile_rewritten(
         told_per_call = finding.sizes is None or finding.sizes.grids is None
         per_call = len(finding.layout.videos) if told_per_call else 0
         order = finding.layout if finding.layout.order is not None else None
-        inputs = PlanInputs(key, planner.score == "projection", per_call, order)
+        inputs = PlanInputs(
+            key,
+            planner.score == "projection",
+            per_call,
+            order,
+            planner.factor_rank(finding.dims.head_dim) > 0,
+            planner.columns is not None,
+            bool(planner.columns),
+        )
         groups.setdefault(inputs, []).append((finding, record))
         told[inputs] = teller
     steps = _dense_steps(gm, rewriter, accepted, example_inputs, options)
@@ -247,7 +255,7 @@ def _bound(
     mark = LayerMark([place for _, place in layer.parameters]) if by_mark else None
     device = torch.device(dims.device)
     order = None if inputs.order is None else inputs.order.order
-    return Bound(teller, inputs.grids > 0, mark, plan, used, device, order)
+    return Bound(teller, inputs.grids > 0, mark, plan, used, device, order, planner.columns)
 
 
 def _warn_unmatched(findings: Sequence[Finding], options: Options, compile_id: str) -> None:

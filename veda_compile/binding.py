@@ -17,6 +17,7 @@ import torch
 from .fingerprint import fingerprint
 from .grids import GridTeller
 from .kernels.plan import Plan
+from .kernels.static_modes import encode_modes
 from .told import Grids
 
 _CACHED_CALLS = 512
@@ -86,6 +87,7 @@ class Bound:
 
     grids: tells the grids of a call. per_call: whether the graph takes them as an input.
     order: (N,) the tokens in raster order, where the graph takes it as an input.
+    columns: the most columns of any stripe, where the graph takes static modes as inputs.
     mark: tells the layer's fingerprint, where the plan depends on it or must be checked.
     plan: (fingerprint, grids) -> the plan. used: told of every new plan, for the report.
     """
@@ -97,6 +99,7 @@ class Bound:
     used: Callable[[str | None, Grids, Plan], None]
     device: torch.device
     order: torch.Tensor | None = None
+    columns: int | None = None
 
 
 class Binder:
@@ -134,8 +137,13 @@ class Binder:
             torch.tensor(plan.tile_shapes, dtype=torch.int32, device="cpu"),
             torch.tensor(plan.density, dtype=torch.float64, device="cpu"),
         ]
-        if plan.projection is not None:
-            tensors.append(plan.projection.to(group.device))
+        for weights in (plan.projection, plan.factors):
+            if weights is not None:
+                tensors.append(weights.to(group.device))
+        if group.columns is not None:
+            modes = (None,) * plan.heads if plan.modes is None else plan.modes
+            encoded = encode_modes(modes, group.columns)
+            tensors += [table for table in encoded if table is not None]
         if group.per_call:
             tensors.append(torch.tensor(grids, dtype=torch.int64, device="cpu"))
         if group.order is not None:

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from . import __version__
 from .errors import OptionsError, StrictError, VedaError
+from .kernels.layout import Layout, Video
+from .kernels.static_modes import mode_density
 from .sidecar import GridPlan, Sidecar
 
 app = typer.Typer(
@@ -134,6 +136,7 @@ def summary(sidecar: Sidecar) -> dict[str, Any]:
         "tile_size": sidecar.tile_size,
         "layer_independent": sidecar.layer_independent,
         "fingerprints_unique": sidecar.fingerprints_unique(),
+        "factor_ranks": [None if x is None else x.shape[3] for x in sidecar.factors],
         "layers": [
             {
                 "name": card.name,
@@ -150,7 +153,11 @@ def summary(sidecar: Sidecar) -> dict[str, Any]:
 
 def _grid_facts(plan: GridPlan) -> dict[str, Any]:
     shapes = Counter(shape for layer in plan.tile_shapes for shape in layer)
-    density = [value for layer in plan.density for value in layer]
+    layers = [_layer_density(plan, index) for index in range(len(plan.density))]
+    density = [value for layer in layers for value in layer]
+    modes = [mode for i, heads in enumerate(plan.density)
+             for mode in plan.modes_of(i) or (None,) * len(heads)]  # fmt: skip
+    kinds = Counter("scored" if mode is None else mode.kind for mode in modes)
     t, h, w = plan.grid
     return {
         "grid": [t, h, w],
@@ -164,8 +171,19 @@ def _grid_facts(plan: GridPlan) -> dict[str, Any]:
             "min": min(density),
             "max": max(density),
         },
-        "layer_density": [sum(layer) / len(layer) for layer in plan.density],
+        "layer_density": [sum(layer) / len(layer) for layer in layers],
+        "modes": dict(kinds.most_common()),
     }
+
+
+def _layer_density(plan: GridPlan, index: int) -> list[float]:
+    """Per head its density, or the share that its static mode keeps."""
+    layout, shapes = Layout.of(Video(*plan.grid)), plan.tile_shapes[index]
+    modes = plan.modes_of(index) or (None,) * len(shapes)
+    return [
+        density if mode is None else mode_density(layout, shape, mode)
+        for density, shape, mode in zip(plan.density[index], shapes, modes, strict=True)
+    ]
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -182,11 +200,17 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_row("tile size", str(facts["tile_size"]))
     table.add_row("same plan in every layer", _yes(facts["layer_independent"]))
     table.add_row("layers told apart by content", _yes(facts["fingerprints_unique"]))
+    if facts["factor_ranks"]:
+        ranks = Counter("none" if rank is None else rank for rank in facts["factor_ranks"])
+        shown = ", ".join(f"{rank} in {count} layers" for rank, count in ranks.items())
+        table.add_row("ranks of factors", shown)
     for key, value in facts["provenance"].items():
         table.add_row(escape(f"provenance {json.dumps(key)}"), escape(json.dumps(value)))
     console.print(table)
 
-    grids = Table("grid", "tokens", "density: mean (min to max)", "tile shapes: heads")
+    grids = Table(
+        "grid", "tokens", "density: mean (min to max)", "tile shapes: heads", "modes: heads"
+    )
     for grid in facts["grids"]:
         density = grid["density"]
         grids.add_row(
@@ -194,6 +218,7 @@ def _show(facts: dict[str, Any]) -> None:
             str(grid["tokens"]),
             f"{density['mean']:.3f} ({density['min']:.3f} to {density['max']:.3f})",
             ", ".join(f"{shape}: {heads}" for shape, heads in grid["shapes"].items()),
+            ", ".join(f"{kind}: {heads}" for kind, heads in grid["modes"].items()),
         )
     console.print(grids)
 

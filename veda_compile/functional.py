@@ -11,8 +11,9 @@ from .kernels.call import AttentionCall, Selection
 from .kernels.errors import ExecutorError
 from .kernels.executors import execute
 from .kernels.layout import Layout
-from .kernels.op import sparse_attention_v1
+from .kernels.op import sparse_attention_v2
 from .kernels.plan import Plan
+from .kernels.static_modes import encode_modes
 
 _Out = torch.Tensor
 _OutLse = tuple[torch.Tensor, torch.Tensor]
@@ -68,7 +69,7 @@ def sparse_attention(
 
     Video tokens attend to the kept tiles and to every extra and context token; extra tokens attend
     to everything. It is forward only: there is no gradient. Without `return_selection` it traces
-    under torch.compile, as one call of the op `veda::sparse_attention_v1`.
+    under torch.compile, as one call of the op `veda::sparse_attention_v2`.
 
     Args:
         q: (B, H, Nq, D), float32, float16 or bfloat16; any strides.
@@ -77,7 +78,8 @@ def sparse_attention(
         v: as k.
         layout: the segments of the Nk keys, in order. The tokens of all but the `Context` segments
             are also the Nq queries, in the same order; without such segments Nq = Nk.
-        plan: tile shapes and densities of the H query heads, and the score that ranks tiles.
+        plan: tile shapes, and densities or static modes, of the H query heads, and the score that
+            ranks tiles.
         scale: factor on the logits; None is 1 / sqrt(D).
         key_valid: (B, Nk) bool on q's device, False for keys that nobody attends to; None for all.
         executor: "auto" ("cpu" on CPU, "triton" elsewhere), "reference", "cpu" or "triton".
@@ -106,7 +108,7 @@ def sparse_attention(
             q, k, v, layout, plan, scale, key_valid, executor, keep_all
         )
         return (out, lse, selection) if return_lse else (out, selection)
-    out, lse = sparse_attention_v1(
+    out, lse = sparse_attention_v2(
         q,
         k,
         v,
@@ -120,6 +122,8 @@ def sparse_attention(
         scale,
         executor,
         keep_all,
+        plan.factors,
+        *encode_modes(plan.modes),
     )
     return (out, lse) if return_lse else out
 

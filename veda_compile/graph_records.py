@@ -12,6 +12,7 @@ from .kernels.budget import kept_density
 from .kernels.executors import executor_name
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan
+from .kernels.static_modes import mode_density
 from .options import Options
 from .passes.analyse import Finding
 from .passes.reasons import Reason
@@ -66,10 +67,13 @@ def note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) ->
     groups = plan.groups()
     record.tile_shapes = sorted(groups, key=lambda shape: -len(groups[shape]))
     layout = Layout(tuple(Video(*grid) for grid in grids))
-    kept = [
-        kept_density(layout, shape, density)
-        for shape, density in zip(plan.tile_shapes, plan.density, strict=True)
-    ]
+    kept = []
+    for head, shape in enumerate(plan.tile_shapes):
+        mode = plan.mode(head)
+        if mode is None:
+            kept.append(kept_density(layout, shape, plan.density[head]))
+        else:
+            kept.append(mode_density(layout, shape, mode))
     record.density = sum(kept) / len(kept)
 
 

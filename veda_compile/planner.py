@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from .passes.positions import Evidence
 from .passes.reasons import Reason, Refusal
 from .passes.verdict import Policy
 from .sidecar import LayerCard, Sidecar
+from .sidecar_weights import factors_of_rank
 from .told import Grids, running_call
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,17 @@ class Planner:
         if self._options.score != "auto":
             return self._options.score
         return self.sidecar.score if self.sidecar is not None else "closed_form"
+
+    @property
+    def columns(self) -> int | None:
+        """The most columns of any stripe of the sidecar; None where no head is static."""
+        return None if self.sidecar is None else self.sidecar.columns
+
+    def factor_rank(self, head_dim: int) -> int:
+        """The rank of the factors that plans for this head_dim bring; 0 where they bring none."""
+        if self.sidecar is None or self.score == "mean":
+            return 0
+        return self.sidecar.factor_rank(head_dim)
 
     def policy(self) -> Policy:
         """What the verdicts need to know."""
@@ -141,7 +154,10 @@ class Planner:
         return card
 
     def plan(self, layer: str | None, heads: int, grids: Grids) -> Plan:
-        """The plan of one layer (None: any, they are alike) for the grids of its segments."""
+        """The plan of one layer (None: any, they are alike) for the grids of its segments.
+
+        Factors are of `factor_rank`, so that plans of all layers fit one compiled graph.
+        """
         if self.sidecar is None:
             layout = Layout(tuple(Video(*grid) for grid in grids))
             shape = least_padding_shape(layout, self._tile_size(total_tokens(grids)))
@@ -161,4 +177,11 @@ class Planner:
                 "sidecar %s has no plan for grid %s: using the nearest, made for %s",
                 self.sidecar.source, main, match.used,
             )  # fmt: skip
-        return plan
+        rank = self.factor_rank(head_dim := self._head_dim(name))
+        if rank == 0:
+            return plan
+        return replace(plan, factors=factors_of_rank(plan, head_dim, rank))
+
+    def _head_dim(self, layer: str) -> int:
+        assert self.sidecar is not None
+        return next(c.head_dim for c in self.sidecar.model.layers if c.name == layer)

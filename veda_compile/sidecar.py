@@ -16,7 +16,7 @@ from .kernels.plan import Plan, TileShape
 from .options import DEFAULT_DENSITY, TILE_SIZES
 from .sidecar_document import Header, checked_score, document_of, tensors_of
 from .sidecar_file import open_sidecar, write_sidecar
-from .sidecar_lookup import GridMatch, density_factor, nearest_grid
+from .sidecar_lookup import GridMatch, nearest_grid, scored_factor
 from .sidecar_schema import (
     Grid,
     GridPlan,
@@ -26,8 +26,8 @@ from .sidecar_schema import (
     checked_density,
     checked_grid,
     plain_json,
-    projection_shape,
 )
+from .sidecar_weights import Factors, check_factors, check_projections, common_rank, same_weights
 
 __all__ = ["Grid", "GridMatch", "GridPlan", "LayerCard", "ModelCard", "Sidecar"]
 
@@ -43,6 +43,8 @@ class Sidecar:
     provenance: how it was made, plain JSON data (versions, seeds, prompts, grids).
     projections: with score "projection" one (2, heads, 3 * head_dim, head_dim) float32 tensor on
         CPU per layer, as `Plan` takes it; else empty.
+    factors: per layer (2, heads, head_dim, r) float32 on CPU, as `Plan` takes it, or None; empty
+        where no layer has any. Not with score "mean".
     source: the file it came from; messages name it.
 
     A sidecar that exists is valid: making one checks everything and raises SidecarError.
@@ -54,6 +56,7 @@ class Sidecar:
     tile_size: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     projections: tuple[torch.Tensor, ...] = ()
+    factors: Factors = ()
     source: str = _IN_MEMORY
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class Sidecar:
                 header.tile_size,
                 header.provenance,
                 header.projections(tensors),
+                header.factors(tensors),
                 os.fspath(path),
             )
 
@@ -114,8 +118,15 @@ class Sidecar:
         self.validate()  # provenance and projections can be changed in place
         write_sidecar(
             path,
-            document_of(self.model, self.plans, self.score, self.tile_size, dict(self.provenance)),
-            tensors_of(self.model, self.plans, self.projections),
+            document_of(
+                self.model,
+                self.plans,
+                self.factors,
+                self.score,
+                self.tile_size,
+                dict(self.provenance),
+            ),
+            tensors_of(self.model, self.plans, self.projections, self.factors),
         )
 
     def validate(self) -> None:
@@ -131,7 +142,8 @@ class Sidecar:
             raise SidecarError(f"plans is {shown(self.plans)}: must be a tuple of GridPlans")
         check_totals(self.model, len(self.plans), checked_score(self.score))
         self._check_plans()
-        self._check_projections()
+        check_projections(self.model.layers, self.score, self.projections)
+        check_factors(self.model.layers, self.score, self.factors)
         plain_json(self.provenance, "provenance")
 
     def _check_plans(self) -> None:
@@ -149,34 +161,6 @@ class Sidecar:
                 )
             for index, card in enumerate(layers):
                 plan.check_layer(index, card, self.tile_size)
-
-    def _check_projections(self) -> None:
-        layers = self.model.layers
-        wanted = len(layers) if self.score == "projection" else 0
-        if len(self.projections) != wanted:
-            raise SidecarError(
-                f"{len(self.projections)} projections with score {self.score!r} and "
-                f"{len(layers)} layers: must be {wanted}"
-            )
-        for card, tensor in zip(layers, self.projections, strict=False):
-            if not isinstance(tensor, torch.Tensor):
-                raise SidecarError(
-                    f"projection of layer {card.name} is {shown(tensor)}: must be a Tensor"
-                )
-            must = projection_shape(card)
-            if tuple(tensor.shape) != must or tensor.dtype != torch.float32:
-                raise SidecarError(
-                    f"projection of layer {card.name} is {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)}: must be torch.float32 of shape {must}"
-                )
-            if tensor.device.type != "cpu":
-                raise SidecarError(
-                    f"projection of layer {card.name} is on {tensor.device}: move it to the CPU"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise SidecarError(
-                    f"projection of layer {card.name} holds NaN or infinity: calibrate it again"
-                )
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -199,11 +183,15 @@ class Sidecar:
 
         The exact grid if there is a plan for it, else the nearest (`nearest_grid`); the caller
         announces a match that is not exact.
-        density: the mean density wanted over all heads of all layers. Every head's own density
-            is multiplied by one factor; heads that reach 1 stop there and the others take their
-            rest in proportion, so the mean is met and the ratios between layers and heads stay.
-        score: another score than the sidecar's; "projection" only if the sidecar holds it.
-        Raises SidecarError for an unknown layer and for values out of range.
+        density: the mean density wanted over all heads of all layers. Every scored head's own
+            density is multiplied by one factor; heads that reach 1 stop there and the others take
+            their rest in proportion, so the mean is met and the ratios between layers and heads
+            stay. Static heads stay as they are and count with what they keep. 1.0 keeps everything
+            in static heads too.
+        score: another score than the sidecar's; "projection" only if the sidecar holds it. "mean"
+            has no use for factors and leaves them out.
+        Raises SidecarError for an unknown layer, for values out of range, and for a density that
+        cannot be met because static heads keep more or less.
         """
         index = self._layer_index.get(layer_name)
         if index is None:
@@ -214,11 +202,11 @@ class Sidecar:
             )
         match = nearest_grid(checked_grid(grid, "grid"), self.grids)
         plan = next(plan for plan in self.plans if plan.grid == match.used)
-        budgets = plan.density[index]
+        budgets, modes = plan.density[index], plan.modes_of(index)
         if density is not None:
             mean = checked_density(density, "density")
-            everything = [value for layer in plan.density for value in layer]
-            factor = density_factor(everything, mean)
+            modes = None if mean == 1.0 else modes
+            factor = math.inf if mean == 1.0 else scored_factor(plan, grid, mean)
             budgets = tuple(min(1.0, factor * value) for value in budgets)
         score = self.score if score is None else checked_score(score)
         if score == "projection" and not self.projections:
@@ -226,7 +214,8 @@ class Sidecar:
                 f"sidecar {self.source} holds no projections: use its score, {self.score!r}"
             )
         projection = self.projections[index] if score == "projection" else None
-        return Plan(plan.tile_shapes[index], budgets, score, projection), match
+        factors = self.factors[index] if self.factors and score != "mean" else None
+        return Plan(plan.tile_shapes[index], budgets, score, projection, factors, modes), match
 
     def layer_by_fingerprint(self, fingerprint: str) -> LayerCard | None:
         """The layer with this fingerprint; None if there is none or more than one."""
@@ -242,11 +231,21 @@ class Sidecar:
     def layer_independent(self) -> bool:
         """Whether all layers have the same plans, so that a graph need not know its layer."""
         same_plans = all(
-            len(set(plan.tile_shapes)) == 1 and len(set(plan.density)) == 1 for plan in self.plans
+            len(set(values)) == 1
+            for plan in self.plans
+            for values in (plan.tile_shapes, plan.density, plan.modes or (None,))
         )
-        return same_plans and all(
-            torch.equal(self.projections[0], other) for other in self.projections[1:]
-        )
+        return same_plans and same_weights(self.projections) and same_weights(self.factors)
+
+    @cached_property
+    def columns(self) -> int | None:
+        """The most columns of any stripe; None where no head is static."""
+        modes = [m for plan in self.plans for layer in plan.modes or () for m in layer or () if m]
+        return max(len(mode.columns) for mode in modes) if modes else None
+
+    def factor_rank(self, head_dim: int) -> int:
+        """The rank that factors of all layers of this head_dim can be given; see `common_rank`."""
+        return common_rank(self.model.layers, self.factors, head_dim)
 
     def check_model(
         self,

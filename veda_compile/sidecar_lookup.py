@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .sidecar_schema import Grid
+from .errors import SidecarError
+from .kernels.layout import Layout, Video
+from .kernels.static_modes import mode_density
+from .sidecar_schema import Grid, GridPlan
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,35 @@ def density_factor(densities: Sequence[float], mean: float) -> float:
         if factor * ascending[rest - 1] <= 1.0:
             break
     return factor
+
+
+def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
+    """What to multiply the densities of scored heads by, so that all heads keep `mean` on average.
+
+    Heads of all layers count: scored ones with their density, which stops at 1, static ones with
+    what their mode keeps on `grid`, which stays. Raises SidecarError where they keep too much or
+    too little for the mean to be met.
+    """
+    layout = Layout.of(Video(*grid))
+    scored: list[float] = []
+    kept: list[float] = []
+    for index, (shapes, density) in enumerate(zip(plan.tile_shapes, plan.density, strict=True)):
+        modes = plan.modes_of(index) or (None,) * len(shapes)
+        for shape, value, mode in zip(shapes, density, modes, strict=True):
+            if mode is None:
+                scored.append(value)
+            else:
+                kept.append(mode_density(layout, shape, mode))
+    heads = len(scored) + len(kept)
+    least, most = sum(kept) / heads, (sum(kept) + len(scored)) / heads
+    if not kept:
+        return density_factor(scored, mean)
+    if not scored or not least < mean <= most + 1e-9:
+        remedy = f"give one above {least:.4f} and at most {most:.4f}, or 1.0 to keep everything"
+        if not scored:
+            remedy = "give none, or 1.0 to keep everything"
+        raise SidecarError(
+            f"density {mean} cannot be met on grid {grid}: {len(kept)} of {heads} heads are static "
+            f"and keep a share of {least:.4f} of all heads' tiles: {remedy}"
+        )
+    return density_factor(scored, min((mean * heads - sum(kept)) / len(scored), 1.0))

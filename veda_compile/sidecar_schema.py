@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import SidecarError, shown
 from .fingerprint import FINGERPRINT_LENGTH
 from .kernels.plan import TileShape
+from .kernels.static_modes import MAX_COLUMNS, Modes, StaticMode
 
-VERSION = 1
+VERSION = 2
 """Version of the sidecar format that this release reads and writes."""
 
 SIDECAR_SCORES = ("closed_form", "mean", "projection")
@@ -25,7 +27,10 @@ MAX_HEAD_PLANS = 2**20
 """Most (grid, layer, head) entries of one sidecar; a large model with 100 grids has 160,000."""
 
 MAX_PROJECTION_VALUES = 2**31
-"""Most projection values of one sidecar (8 GiB); a 14B model has 0.16e9."""
+"""Most projection values of one sidecar (8 GiB), and most factor values; a 14B model has 0.16e9."""
+
+MAX_POSITIONS = 2**22
+"""Most positions of stripe columns in one sidecar, unused ones included."""
 
 _MAX_NAME = 512
 _MAX_NESTING = 32
@@ -128,27 +133,41 @@ class GridPlan:
     """What every head of every layer keeps on one token grid.
 
     grid: (T, H, W) tokens. tile_shapes: per layer, per head, (pt, ph, pw) tokens.
-    density: per layer, per head, share of key tiles kept, in (0, 1].
+    density: per layer, per head, share of key tiles kept, in (0, 1]; of static heads not used.
+    modes: per layer, per head its static mode, None for a scored head; None for a layer, or in
+        place of all, means that no head of it is static.
     Lists are taken too and kept as tuples; values are checked where the heads are known.
     """
 
     grid: Grid
     tile_shapes: tuple[tuple[TileShape, ...], ...]
     density: tuple[tuple[float, ...], ...]
+    modes: tuple[Modes | None, ...] | None = None
 
     def __post_init__(self) -> None:
         checked_grid(self.grid, "grid")
         try:
             shapes = tuple(tuple(tuple(s) for s in layer) for layer in self.tile_shapes)
             density = tuple(tuple(layer) for layer in self.density)
-            hash((shapes, density))
+            modes = None
+            if self.modes is not None:
+                modes = tuple(None if layer is None else tuple(layer) for layer in self.modes)
+            hash((shapes, density, modes))
         except TypeError as error:
             raise SidecarError(
-                f"grid {self.grid}: tile_shapes must be (pt, ph, pw) per layer and head, and "
-                f"density a number per layer and head ({error})"
+                f"grid {self.grid}: tile_shapes must be (pt, ph, pw) per layer and head, density a "
+                f"number and modes a StaticMode or None per layer and head ({error})"
             ) from error
         object.__setattr__(self, "tile_shapes", shapes)
         object.__setattr__(self, "density", density)
+        if modes is not None:
+            modes = tuple(layer if layer is not None and any(layer) else None for layer in modes)
+        object.__setattr__(self, "modes", modes if modes is not None and any(modes) else None)
+        if self.modes is not None and len(self.modes) != len(self.tile_shapes):
+            raise SidecarError(
+                f"grid {self.grid} has modes for {len(self.modes)} layers and tile shapes for "
+                f"{len(self.tile_shapes)}: give one of each per layer"
+            )
         if len(self.tile_shapes) != len(self.density):
             raise SidecarError(
                 f"grid {self.grid} has tile shapes for {len(self.tile_shapes)} layers and "
@@ -173,6 +192,61 @@ class GridPlan:
                 )
         for value in set(density):
             checked_density(value, f"density of {where}")
+        modes = self.modes_of(index)
+        if modes is not None and len(modes) != card.heads:
+            raise SidecarError(
+                f"{where} has {len(modes)} modes for {card.heads} heads: give one per head"
+            )
+        for mode in modes or ():
+            if mode is not None and not isinstance(mode, StaticMode):
+                raise SidecarError(
+                    f"mode of {where} is {shown(mode)}: must be a StaticMode, or None for a "
+                    "scored head"
+                )
+
+    def modes_of(self, index: int) -> Modes | None:
+        """The static modes of layer `index`, None where all its heads are scored."""
+        return None if self.modes is None else self.modes[index]
+
+
+@dataclass(frozen=True)
+class LayerExtent:
+    """How much of what not every layer has a file holds for one layer.
+
+    static: whether a head is static on some grid. columns: the most columns of any stripe.
+    rank: of its factors, 0 where it has none.
+    """
+
+    static: bool
+    columns: int
+    rank: int
+
+    def check(self, card: LayerCard) -> None:
+        """Raise SidecarError unless the layer of `card` can have as much."""
+        if not isinstance(self.static, bool):
+            raise SidecarError(
+                f"static of layer {card.name} is {shown(self.static)}: must be true or false"
+            )
+        most = MAX_COLUMNS if self.static else 0
+        whole(self.columns, f"columns of layer {card.name}", 0, most)
+        whole(self.rank, f"rank of layer {card.name}", 0, card.head_dim)
+
+
+def check_extents(model: ModelCard, grids: int, extents: Sequence[LayerExtent]) -> None:
+    """Raise SidecarError if all columns, or all factors, together are absurdly large."""
+    both = list(zip(model.layers, extents, strict=True))
+    positions = grids * sum(card.heads * extent.columns for card, extent in both)
+    if positions > MAX_POSITIONS:
+        raise SidecarError(
+            f"stripes of {positions} positions: at most {MAX_POSITIONS} are allowed, leave out "
+            "grids or columns"
+        )
+    values = sum(2 * card.heads * card.head_dim * extent.rank for card, extent in both)
+    if values > MAX_PROJECTION_VALUES:
+        raise SidecarError(
+            f"factors of {values} values: at most {MAX_PROJECTION_VALUES} are allowed, use a "
+            "lower rank"
+        )
 
 
 def check_totals(model: ModelCard, grids: int, score: str) -> None:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..call import Selection
 from .configs import choose_warps
 from .tables import KeyRows, LayerTables
 
@@ -21,24 +22,31 @@ def choose_kernel(
     indices_ptr,
     counts_ptr,
     keep_all_ptr,
+    heads_ptr,
     log_batch,
+    all_heads,
     segments,
     most_tiles,
     width,
     SIZED: tl.constexpr,
     FLAGGED: tl.constexpr,
+    PICKED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program chooses for one query tile of one head.
 
-    scores: (B, H, n, n) float32; budgets: (H, n, V) int32; indices: (B, H, n, width) int32;
+    scores: (B, h, n, n) float32; budgets: (h, n, V) int32; indices: (B, H, n, width) int32;
     counts: (B, H, n) int32; all contiguous. SIZED adds the log of each key tile's rows. FLAGGED:
-    keep_all is one bool, True lifts every budget; without it keep_all is not read.
+    keep_all is one bool, True lifts every budget; without it keep_all is not read. PICKED: the h-th
+    of the scored heads is heads[h]; without it h is H, and heads is not read.
     Scores become integers of the same order, so that 31 halvings find the k-th largest exactly and
     ties at it go to the lower tile number.
     """
     row = tl.program_id(0)
-    head = tl.program_id(1)
+    slot = tl.program_id(1)
+    head = slot
+    if PICKED:
+        head = tl.load(heads_ptr + slot)
     batch = tl.program_id(2).to(tl.int64)
     LOWEST: tl.constexpr = -2147483648
     HIGHEST: tl.constexpr = 2147483647
@@ -47,8 +55,8 @@ def choose_kernel(
     starts = starts_ptr + head * (segments + 1)
     columns = tl.arange(0, COLUMNS)
     known = columns < tl.load(starts + segments)
-    line = (batch * tl.num_programs(1) + head) * most_tiles + row
-    scores = tl.load(scores_ptr + line * most_tiles + columns, mask=known, other=-float("inf"))
+    scores = scores_ptr + ((batch * tl.num_programs(1) + slot) * most_tiles + row) * most_tiles
+    scores = tl.load(scores + columns, mask=known, other=-float("inf"))
     log_sizes = log_sizes_ptr + batch * log_batch + tl.load(first_ptr + head)
     log_size = tl.load(log_sizes + columns, mask=known, other=-float("inf"))
     if SIZED:
@@ -65,7 +73,7 @@ def choose_kernel(
 
     kept = tl.zeros((COLUMNS,), tl.int32)
     for segment in range(segments):
-        budget = tl.load(budgets_ptr + (head * most_tiles + row) * segments + segment)
+        budget = tl.load(budgets_ptr + (slot * most_tiles + row) * segments + segment)
         if FLAGGED:  # rows past a head's last tile have the budget 0
             budget = tl.where(tl.load(keep_all_ptr) & (budget > 0), COLUMNS, budget)
         start = tl.load(starts + segment)
@@ -81,6 +89,7 @@ def choose_kernel(
         room = budget - tl.sum(above, 0)
         kept += above + tl.where(tl.cumsum(level, 0) <= room, level, 0)
 
+    line = (batch * all_heads + head) * most_tiles + row
     place = tl.cumsum(kept, 0) - 1
     tl.store(indices_ptr + line * width + place, columns, mask=kept > 0)
     tl.store(counts_ptr + line, tl.sum(kept, 0))
@@ -92,36 +101,38 @@ def choose(
     keys: KeyRows,
     tables: LayerTables,
     budgets: torch.Tensor,
-    width: int,
+    selection: Selection,
     keep_all: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending key tiles (B, H, n, width) int32 and how many each query tile keeps (B, H, n).
+    heads: torch.Tensor | None = None,
+) -> None:
+    """Write ascending key tiles, and how many each query tile keeps, into `selection`.
 
-    scores: (B, H, n, n) float32, contiguous, anything past a head's last tile. sized: add the log
-    of the key tile's rows. budgets, width: see `budget_table`. keep_all: () bool on the device or
-    None; it needs a width of n. The rules are `select_tiles`'.
+    scores: (B, h, n, n) float32, contiguous, anything past a head's last tile. sized: add the log
+    of the key tile's rows. budgets: (h, n, V), see `budget_table`; the selection, contiguous, must
+    be as wide as their largest total, or n with keep_all. keep_all: () bool on the device or None.
+    heads: (h,) int32, the heads that are scored, or None for all. The rules are `select_tiles`'.
     """
-    batch, heads, tiles, _ = scores.shape
-    indices = torch.empty(batch, heads, tiles, width, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(batch, heads, tiles, dtype=torch.int32, device=scores.device)
+    batch, all_heads, tiles, width = selection.indices.shape
     columns = max(triton.next_power_of_2(tiles), 16)
-    choose_kernel[(tiles, heads, batch)](
+    choose_kernel[(tiles, scores.shape[1], batch)](
         scores,
         keys.log_sizes,
         budgets,
         tables.first,
         tables.starts,
-        indices,
-        counts,
-        counts if keep_all is None else keep_all,
+        selection.indices,
+        selection.counts,
+        selection.counts if keep_all is None else keep_all,
+        selection.counts if heads is None else heads,
         keys.log_stride,
+        all_heads,
         tables.segments,
         tiles,
         width,
         SIZED=sized,
         FLAGGED=keep_all is not None,
+        PICKED=heads is not None,
         COLUMNS=columns,
         num_warps=choose_warps(columns),
         enable_fp_fusion=True,
     )
-    return indices, counts

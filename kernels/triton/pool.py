@@ -17,6 +17,7 @@ def pool_kernel(
     rows_ptr,
     first_ptr,
     starts_ptr,
+    heads_ptr,
     out_ptr,
     x_batch,
     x_head,
@@ -33,15 +34,20 @@ def pool_kernel(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
     MOMENT: tl.constexpr,
+    EXTREMES: tl.constexpr,
+    PICKED: tl.constexpr,
 ):
     """One program pools one tile of one head; the tile stays in registers for both passes.
 
-    x: (B, Hx, N, D), head h reading x's head h // head_repeat. out: (B, H, n, FEATURES) float32,
-    contiguous: the mean, then by MOMENT nothing ("none"), E[x^2] ("second"), the variance
-    ("variance"), or the maximum and the minimum ("extremes"). Tiles without rows give zeros.
+    x: (B, Hx, N, D), head h reading x's head h // head_repeat. PICKED: the h-th of the pooled heads
+    is heads[h], not h. out: (B, h, n, FEATURES) float32, contiguous: the mean, then with EXTREMES
+    the maximum and the minimum, then by MOMENT nothing ("none"), E[x^2] ("second") or the variance
+    ("variance"). Tiles without rows give zeros.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
+    if PICKED:
+        head = tl.load(heads_ptr + head)
     batch = tl.program_id(2).to(tl.int64)
     if tile >= tl.load(starts_ptr + head * (segments + 1) + segments):
         return
@@ -59,23 +65,22 @@ def pool_kernel(
     divisor = tl.maximum(count, 1).to(tl.float32)
     mean = tl.sum(x, 0) / divisor
     real = channels < HEAD_DIM
-    out = out_ptr + ((batch * tl.num_programs(1) + head) * most_tiles + tile) * FEATURES + channels
+    line = (batch * tl.num_programs(1) + tl.program_id(1)) * most_tiles + tile
+    out = out_ptr + line * FEATURES + channels
     tl.store(out, mean * mean_factor, mask=real)
-    if MOMENT == "second":
-        tl.store(out + HEAD_DIM, tl.sum(x * x, 0) / divisor * moment_factor, mask=real)
-    elif MOMENT == "variance":
-        # a second pass: E[x^2] - E[x]^2 cancels badly on keys with a large mean
-        centred = tl.where(mask, x - mean[None, :], 0.0)
-        variance = tl.sum(centred * centred, 0) / divisor
-        tl.store(out + HEAD_DIM, variance * moment_factor, mask=real)
-    elif MOMENT == "extremes":
+    if EXTREMES:
         highest = tl.max(tl.where(mask, x, -float("inf")), 0)
         lowest = tl.min(tl.where(mask, x, float("inf")), 0)
         tl.store(out + HEAD_DIM, tl.where(count > 0, highest, 0.0), mask=real)
         tl.store(out + 2 * HEAD_DIM, tl.where(count > 0, lowest, 0.0), mask=real)
-
-
-_WIDTHS = {"none": 1, "second": 2, "variance": 2, "extremes": 3}
+    if MOMENT == "second":
+        second = tl.sum(x * x, 0) / divisor
+        tl.store(out + FEATURES - HEAD_DIM, second * moment_factor, mask=real)
+    elif MOMENT == "variance":
+        # a second pass: E[x^2] - E[x]^2 cancels badly on keys with a large mean
+        centred = tl.where(mask, x - mean[None, :], 0.0)
+        variance = tl.sum(centred * centred, 0) / divisor
+        tl.store(out + FEATURES - HEAD_DIM, variance * moment_factor, mask=real)
 
 
 def pool(
@@ -86,29 +91,32 @@ def pool(
     moment: str,
     mean_factor: float = 1.0,
     moment_factor: float = 1.0,
+    extremes: bool = False,
+    heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Pooled rows of x (B, Hx, N, D): (B, H, n, F) float32, F = D, 2 D or 3 D by `moment`.
+    """Pooled rows of x (B, Hx, N, D): (B, h, n, F) float32, F = D to 4 D by what is asked for.
 
     rows: (B or 1, R, S), the stacked table, with `rows_stride` elements between batch elements.
-    moment: "none", "second", "variance" or "extremes", see the kernel. What lies past a head's
-    last tile is never written and holds anything.
+    moment: "none", "second" or "variance", extremes: see the kernel. heads: (h,) int32, those to
+    pool, or None for all. What lies past a head's last tile is never written and holds anything.
     """
     batch, kv_heads, _, head_dim = x.shape
-    heads = tables.first.shape[0]
+    all_heads = tables.first.shape[0]
+    pooled = all_heads if heads is None else heads.shape[0]
+    features = head_dim * (1 + 2 * extremes + (moment != "none"))
     out = torch.empty(
-        (batch, heads, tables.most_tiles, _WIDTHS[moment] * head_dim),
-        dtype=torch.float32,
-        device=x.device,
+        (batch, pooled, tables.most_tiles, features), dtype=torch.float32, device=x.device
     )
-    pool_kernel[(tables.most_tiles, heads, batch)](
+    pool_kernel[(tables.most_tiles, pooled, batch)](
         x,
         rows,
         tables.first,
         tables.starts,
+        tables.first if heads is None else heads,
         out,
         *x.stride(),
         rows_stride,
-        heads // kv_heads,
+        all_heads // kv_heads,
         tables.segments,
         tables.most_tiles,
         mean_factor,
@@ -116,8 +124,10 @@ def pool(
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         TILE=tables.tile_size,
-        FEATURES=out.shape[-1],
+        FEATURES=features,
         MOMENT=moment,
+        EXTREMES=extremes,
+        PICKED=heads is not None,
         num_warps=pool_warps(head_dim, tables.tile_size),
         enable_fp_fusion=True,
     )

@@ -124,18 +124,19 @@ def budget_table(
     layout: Layout,
     tile_shapes: tuple[TileShape, ...],
     density: Sequence[float],
+    most_tiles: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, int]:
-    """(H, n, V) int32 tiles kept by query tile, 0 past a head's last, and the largest row total.
+    """(h, n, V) int32 tiles kept by query tile, 0 past a head's last, and the largest row total.
 
-    The total comes from budgets alone, so that sizing a selection waits for no device data.
+    For heads of these shapes and densities; n is `most_tiles`. The total comes from budgets alone,
+    so that sizing a selection waits for no device data.
     """
     keeps = [
         tiles_to_keep(layout, shape, share)
         for shape, share in zip(tile_shapes, density, strict=True)
     ]
-    most = max(keep.shape[0] for keep in keeps)
-    budgets = torch.zeros(len(keeps), most, keeps[0].shape[1], **_INTS)
+    budgets = torch.zeros(len(keeps), most_tiles, keeps[0].shape[1], **_INTS)
     for head, keep in enumerate(keeps):
         budgets[head, : keep.shape[0]] = keep
     return budgets.to(device), int(budgets.sum(-1).max())
@@ -151,3 +152,9 @@ def _extra_tiles(positions: torch.Tensor, tile_size: int, count: int) -> torch.T
     padded = positions.new_full((count * tile_size,), -1)
     padded[: len(positions)] = positions
     return padded.view(count, tile_size)
+
+
+@lru_cache(maxsize=256)
+def head_numbers(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(h,) int32 on `device`; cached, read-only."""
+    return torch.tensor(heads, **_INTS).to(device)

@@ -1,0 +1,354 @@
+"""Static modes: what they keep, that they reproduce planted patterns, and mixed plans."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from naive_attention import boxes_of_tokens, naive_attention, naive_static
+
+from veda_compile import Context, Extra, Layout, Plan, PlanError, Video, sparse_attention
+from veda_compile.kernels.budget import kept_density
+from veda_compile.kernels.call import AttentionCall
+from veda_compile.kernels.executors import EXECUTOR_NAMES, get_executor
+from veda_compile.kernels.plan import TileShape
+from veda_compile.kernels.static_modes import (
+    KINDS,
+    StaticMode,
+    decode_modes,
+    encode_modes,
+    mode_density,
+    static_lists,
+)
+
+FULL, SKIP = StaticMode("full"), StaticMode("skip")
+DIAGONAL = StaticMode("diagonal", (2, 0))
+FRAMES = StaticMode("multi_diagonal", (1, 1))
+STRIPE = StaticMode("stripe", columns=((0.0, 0.5, 0.3), (0.9, 0.9, 0.9)))
+MODES = (FULL, SKIP, DIAGONAL, StaticMode("diagonal"), FRAMES, StaticMode("multi_diagonal", (3, 0)),
+         STRIPE)  # fmt: skip
+EVERY_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda m: f"{m.kind}{m.reach}")
+EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
+ON_CPU = pytest.mark.parametrize("executor", ["reference", "cpu"])
+"""Triton's interpreter attends slowly: here it selects, test_executors.py has it attend."""
+LAYOUTS = {
+    "ragged": Layout.of(Video(5, 9, 13)),
+    "one tile": Layout.of(Extra(2), Video(1, 2, 3)),
+    "two videos": Layout.of(Extra(3), Video(4, 10, 7), Context(5), Video(3, 6, 11), Extra(1)),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept_by(layout: Layout, shape: TileShape, mode: StaticMode) -> list[list[int]]:
+    found = static_lists(layout, shape, mode)
+    return [row[:n].tolist() for row, n in zip(found.indices, found.counts, strict=True)]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+    return sparse_attention(q, k, v, return_lse=True, return_selection=True, **options)
+
+
+def assert_alike(given: dict[str, Any], executor: str, right: dict[str, Any] | None = None) -> None:
+    """The executor does with `given` what the reference does with `right`, or the same."""
+    wanted_out, wanted_lse, wanted = attend(**(right or given), executor="reference")
+    if executor == "triton":
+        call = AttentionCall(
+            given["q"], given["k"], given["v"], given["layout"], given["plan"], 0.125,
+            given["key_valid"], given.get("keep_all"),
+        )  # fmt: skip
+        selection = get_executor(executor).select(call)
+    else:
+        out, lse, selection = attend(**given, executor=executor)
+        torch.testing.assert_close(out, wanted_out, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=2e-5)
+    assert torch.equal(selection.counts, wanted.counts)
+    for place in itertools.product(*map(range, wanted.counts.shape)):
+        count = int(wanted.counts[place])
+        lists = (x.indices[place][:count].tolist() for x in (selection, wanted))
+        assert next(lists) == next(lists)
+
+
+@EVERY_MODE
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 2, 16), (4, 1, 8)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_lists_are_the_rule(layout: Layout, shape: TileShape, mode: StaticMode) -> None:
+    boxes = sorted({box for box in boxes_of_tokens(layout, shape) if box is not None})
+    number = {box: i for i, box in enumerate(boxes)}
+    segments = [[b for b in boxes if b[0] == s] for s in sorted({b[0] for b in boxes})]
+    wanted = [
+        [number[key] for keys in segments for key in naive_static(mode, box, own, keys)]
+        for own in segments
+        for box in own
+    ]
+    assert kept_by(layout, shape, mode) == wanted
+    pairs = sum(map(len, wanted))
+    assert mode_density(layout, shape, mode) == pairs / len(boxes) ** 2
+    found = static_lists(layout, shape, mode)
+    assert found.map().sum() == pairs and found.map()[0].nonzero()[:, 0].tolist() == wanted[0]
+    assert static_lists(layout, shape, mode) is found  # made once
+
+
+def test_lists_on_a_grid_one_can_see() -> None:
+    """Tiles 0 to 11 in two frames of two rows of three."""
+    layout, shape = Layout.of(Video(4, 8, 12)), (2, 4, 4)
+    assert kept_by(layout, shape, StaticMode("diagonal", (1, 0)))[:3] == [
+        [0, 1],
+        [0, 1, 2],
+        [1, 2, 3],
+    ]
+    assert kept_by(layout, shape, StaticMode("multi_diagonal", (1, 0)))[4] == [4, 10]
+    assert kept_by(layout, shape, StaticMode("multi_diagonal", (1, 1)))[6] == [0, 1, 6, 7]
+    assert kept_by(layout, shape, StaticMode("multi_diagonal", (0, 1)))[6] == [6, 7]
+    stripe = StaticMode("stripe", columns=((0.5, 0.0, 2 / 3),))
+    assert kept_by(layout, shape, stripe)[:2] == [[0, 8], [1, 8]]
+    assert kept_by(layout, shape, stripe)[8] == [8]
+
+
+def test_positions_are_the_simple_fractions_they_stand_for() -> None:
+    """In float32 0.7 is a little less than 7/10."""
+    layout = Layout.of(Video(1, 1, 320))
+    for tile in range(10):
+        mode = StaticMode("stripe", columns=((0.0, 0.0, tile / 10),))
+        assert kept_by(layout, (1, 1, 32), mode)[0] == sorted({0, tile})
+
+
+def test_a_second_segment_is_seen_from_the_proportional_place() -> None:
+    layout, shape = Layout.of(Video(1, 1, 64), Video(1, 1, 128)), (1, 1, 16)
+    kept = kept_by(layout, shape, StaticMode("diagonal"))
+    assert kept[:4] == [[0, 5], [1, 7], [2, 9], [3, 11]]  # tiles 4 to 11 are the second segment
+    assert kept[4:8] == [[0, 4], [0, 5], [1, 6], [1, 7]]
+
+
+def planted(layout: Layout, shape: TileShape, mode: StaticMode, seed: int) -> torch.Tensor:
+    """q and k whose attention is as good as nothing outside the pattern, (2, 1, 1, N, D).
+
+    Queries of a tile are one hot in it, keys hold a large number where a tile may look at them.
+    """
+    boxes = boxes_of_tokens(layout, shape)
+    number = {box: i for i, box in enumerate(sorted({b for b in boxes if b is not None}))}
+    tile = torch.tensor([-1 if box is None else number[box] for box in boxes])
+    assert len(number) <= 48
+    allowed = torch.zeros(len(number), len(number))
+    for row, keys in enumerate(kept_by(layout, shape, mode)):
+        allowed[row, keys] = 1.0
+    q, k = 0.02 * normal(2, 1, 1, len(boxes), 64, seed=seed)
+    q[..., : len(number)] += torch.nn.functional.one_hot(tile, len(number))
+    k[..., : len(number)] += 40.0 * allowed.T[tile]
+    return torch.stack([q, k])
+
+
+PLANTED = {"diagonal": DIAGONAL, "multi_diagonal": FRAMES, "stripe": STRIPE, "full": FULL}
+
+
+@ON_CPU
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_pattern_is_reproduced_by_its_mode_alone(executor: str, kind: str) -> None:
+    layout, shape = Layout.of(Video(3, 10, 14)), (1, 8, 8)
+    q, k = planted(layout, shape, PLANTED[kind], 1)
+    v = normal(1, 1, layout.length, 64, seed=2)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    for other, mode in PLANTED.items():
+        plan = Plan((shape,), (0.01,), modes=(mode,))
+        out = sparse_attention(q, k, v, layout=layout, plan=plan, scale=1.0, executor=executor)
+        error = float((out - dense).abs().max())
+        if other in (kind, "full"):
+            assert error <= 1e-4
+        else:
+            assert error > 0.05
+
+
+MIXED_LAYOUTS = {
+    "extra first": Layout.of(Extra(3), Video(2, 9, 13)),
+    "extra last": Layout.of(Video(2, 9, 13), Extra(70)),
+    "two videos": Layout.of(Context(2), Video(3, 4, 9), Extra(5), Video(2, 5, 8)),
+    "video alone": Layout.of(Video(2, 9, 13)),
+}
+MIXED = Plan(
+    ((1, 8, 8), (2, 4, 8), (2, 4, 8), (1, 8, 8), (1, 4, 16), (2, 4, 8)),
+    (0.3, 0.2, 0.5, 0.4, 0.2, 0.4),
+    modes=(None, DIAGONAL, None, SKIP, STRIPE, FRAMES),
+)
+
+
+def mixed_inputs(layout: Layout, masked: bool) -> dict[str, Any]:
+    q = normal(2, 6, layout.query_length, 64)
+    k, v = (normal(2, 3, layout.length, 64, seed=seed) for seed in (1, 2))
+    valid = None
+    if masked:
+        valid = normal(2, layout.length, seed=3) > -0.5
+        valid[1, : layout.length // 2] = False  # whole tiles, of one batch element alone
+        for x in (k, v):
+            x.masked_fill_(~valid[:, None, :, None], math.nan)
+    return {"q": q, "k": k, "v": v, "key_valid": valid, "layout": layout, "plan": MIXED}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "padded"])
+@pytest.mark.parametrize("layout", MIXED_LAYOUTS.values(), ids=MIXED_LAYOUTS)
+@EVERY_EXECUTOR
+def test_static_and_scored_heads_in_one_call(executor: str, layout: Layout, masked: bool) -> None:
+    assert_alike(mixed_inputs(layout, masked), executor)
+
+
+def test_the_reference_is_the_naive_attention() -> None:
+    for layout in MIXED_LAYOUTS.values():
+        given = mixed_inputs(layout, masked=True)
+        out, lse, _ = attend(**given, executor="reference")
+        call = AttentionCall(
+            given["q"], given["k"], given["v"], layout, MIXED, 0.125, given["key_valid"]
+        )
+        right, right_lse, _ = naive_attention(call)
+        torch.testing.assert_close(out.double(), right, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse.double(), right_lse, rtol=0, atol=2e-5)
+
+
+@ON_CPU
+def test_a_static_head_next_to_others_is_what_it_is_alone(executor: str) -> None:
+    given = mixed_inputs(MIXED_LAYOUTS["extra first"], masked=False)
+    together, _, _ = attend(**given, executor=executor)
+    for head in range(6):
+        plan = Plan(
+            MIXED.tile_shapes[head : head + 1], MIXED.density[head : head + 1],
+            modes=(MIXED.mode(head),),
+        )  # fmt: skip
+        kv = head // 2
+        alone = sparse_attention(
+            given["q"][:, head : head + 1], given["k"][:, kv : kv + 1], given["v"][:, kv : kv + 1],
+            layout=given["layout"], plan=plan, executor=executor,
+        )  # fmt: skip
+        torch.testing.assert_close(together[:, head : head + 1], alone, rtol=0, atol=2e-5)
+
+
+@ON_CPU
+def test_skip_leaves_extra_and_context_keys(executor: str) -> None:
+    plan = Plan(((1, 8, 8),) * 2, (0.5,) * 2, modes=(SKIP, SKIP))
+    for layout in (Layout.of(Extra(3), Video(2, 9, 13), Context(4)), Layout.of(Video(2, 9, 13))):
+        q = normal(1, 2, layout.query_length, 64)
+        k, v = (normal(1, 2, layout.length, 64, seed=seed) for seed in (1, 2))
+        out, lse, _ = attend(q, k, v, layout=layout, plan=plan, executor=executor)
+        if layout.length > 234:
+            keys = [0, 1, 2, *range(237, 241)]
+            right = torch.nn.functional.scaled_dot_product_attention(
+                q, k[:, :, keys], v[:, :, keys]
+            )
+            torch.testing.assert_close(out[:, :, 3:], right[:, :, 3:], rtol=0, atol=2e-5)
+            dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            torch.testing.assert_close(out[:, :, :3], dense[:, :, :3], rtol=0, atol=2e-5)
+        else:
+            assert torch.equal(out, torch.zeros_like(out))
+            assert bool((lse == -math.inf).all())
+
+
+@EVERY_EXECUTOR
+@pytest.mark.parametrize(
+    "modes", [MIXED.modes, (DIAGONAL,) * 3 + (SKIP,) * 3], ids=["mixed", "all"]
+)
+def test_keep_all_wins_over_static_modes(executor: str, modes: Any) -> None:
+    layout = MIXED_LAYOUTS["two videos"]
+    given = mixed_inputs(layout, masked=True) | {
+        "plan": Plan(MIXED.tile_shapes, MIXED.density, modes=modes)
+    }
+    everything = Plan(MIXED.tile_shapes, (1.0,) * 6)
+    assert_alike(given | {"keep_all": torch.tensor(True)}, executor, given | {"plan": everything})
+    assert_alike(given | {"keep_all": torch.tensor(False)}, executor, given)
+
+
+@EVERY_EXECUTOR
+@pytest.mark.parametrize("score", ["mean", "projection"])
+def test_static_heads_go_with_every_score(executor: str, score: str) -> None:
+    layout = MIXED_LAYOUTS["extra last"]
+    projection = 0.1 * normal(2, 6, 192, 64, seed=5) if score == "projection" else None
+    factors = normal(2, 6, 64, 4, seed=6) if score == "projection" else None
+    plan = Plan(MIXED.tile_shapes, MIXED.density, score, projection, factors, MIXED.modes)
+    assert_alike(mixed_inputs(layout, masked=False) | {"plan": plan}, executor)
+
+
+@EVERY_EXECUTOR
+def test_all_heads_skipped_is_nothing(executor: str) -> None:
+    layout, plan = Layout.of(Video(1, 8, 8)), Plan(((1, 8, 8),), (0.5,), modes=(SKIP,))
+    q, k, v = normal(3, 1, 1, 64, 64)
+    out, lse, _ = attend(q, k, v, layout=layout, plan=plan, executor=executor)
+    assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -math.inf).all())
+
+
+def test_full_is_density_one_and_densities_compare() -> None:
+    layout, shape = LAYOUTS["ragged"], (2, 4, 4)
+    assert mode_density(layout, shape, FULL) == kept_density(layout, shape, 1.0) == 1.0
+    assert mode_density(layout, shape, SKIP) == 0.0
+    wider = [mode_density(layout, shape, StaticMode("diagonal", (r, 0))) for r in range(4)]
+    assert wider == sorted(set(wider))
+
+
+def test_modes_come_back_from_tensors() -> None:
+    modes = (None, *MODES, StaticMode("stripe", columns=((0.1, 0.2, 0.7),)))
+    table, columns = encode_modes(modes)
+    assert table is not None and (table.dtype, table.shape) == (torch.int32, (9, 3))
+    assert columns is not None and (columns.dtype, columns.shape) == (torch.float32, (9, 2, 3))
+    assert table[0].tolist() == [0, 0, 0] and bool((columns[0] == -1).all())
+    assert table[1].tolist() == [KINDS.index("full") + 1, 0, 0]
+    assert decode_modes(table, columns) == modes
+    assert decode_modes(*encode_modes(modes, 5)) == modes
+    assert encode_modes((None, DIAGONAL))[1] is None
+    assert encode_modes(None) == (None, None) and decode_modes(None, None) is None
+    assert Plan(((1, 8, 8),) * 2, (0.2, 0.2), modes=(None, None)).modes is None
+
+
+INVALID = {
+    "kind": (lambda: StaticMode("window"), "'window': must be one of full, skip, diagonal"),
+    "reach-negative": (lambda: StaticMode("diagonal", (-1, 0)), "(-1, 0): must be two ints"),
+    "reach-float": (lambda: StaticMode("diagonal", (1.5, 0)), "(1.5, 0): must be two ints"),
+    "reach-bool": (lambda: StaticMode("diagonal", (True, 0)), "(True, 0)"),
+    "reach-three": (lambda: StaticMode("diagonal", (1, 0, 0)), "(1, 0, 0)"),
+    "reach-unread": (lambda: StaticMode("diagonal", (1, 2)), "number 1 must be 0"),
+    "reach-of-full": (lambda: StaticMode("full", (1, 0)), "number 0 must be 0"),
+    "reach-of-stripe": (lambda: StaticMode("stripe", (1, 0), ((0, 0, 0),)), "number 0 must be 0"),
+    "no-columns": (lambda: StaticMode("stripe"), "0 columns with mode 'stripe': must be 1 to 64"),
+    "65-columns": (lambda: StaticMode("stripe", columns=((0.0, 0.0, 0.0),) * 65), "65 columns"),
+    "columns-of-skip": (lambda: StaticMode("skip", columns=((0, 0, 0),)), "must be none"),
+    "column-two": (lambda: StaticMode("stripe", columns=((0.0, 0.5),)), "(0.0, 0.5): must be"),
+    "column-one": (lambda: StaticMode("stripe", columns=((0.0, 0.0, 1.0),)), "below 1"),
+    "column-near-one": (lambda: StaticMode("stripe", columns=((0, 0, 1 - 1e-12),)), "below 1"),
+    "column-negative": (lambda: StaticMode("stripe", columns=((0.0, -0.1, 0.0),)), "at least 0"),
+    "column-nan": (lambda: StaticMode("stripe", columns=((math.nan, 0.0, 0.0),)), "nan"),
+    "column-huge": (lambda: StaticMode("stripe", columns=((1e300, 0.0, 0.0),)), "1e+300"),
+    "columns-list": (lambda: StaticMode("stripe", columns=[(0, 0, 0)]), "must be a tuple"),
+    "modes-few": (lambda: Plan(((1, 8, 8),) * 2, (0.2,) * 2, modes=(FULL,)), "each of 2 heads"),
+    "modes-text": (lambda: Plan(((1, 8, 8),), (0.2,), modes=("full",)), "must be a StaticMode"),
+    "modes-dtype": (lambda: decode_modes(torch.zeros(2, 3), None), "torch.float32 of shape (2, 3)"),
+    "modes-shape": (lambda: decode_modes(torch.zeros(3, dtype=torch.int32), None), "shape (3,)"),
+    "columns-alone": (lambda: decode_modes(None, torch.zeros(1, 1, 3)), "columns without modes"),
+    "columns-heads": (lambda: decode_modes(codes(3, 0, 0), torch.zeros(2, 1, 3)), "(1, C, 3)"),
+    "columns-dtype": (lambda: decode_modes(codes(3, 0, 0), codes(0)), "must be torch.float32"),
+    "kind-6": (lambda: decode_modes(codes(6, 0, 0), None), "mode 6: must be from 0 to 5"),
+    "kind-negative": (lambda: decode_modes(codes(-1, 0, 0), None), "mode -1"),
+    "scored-reach": (lambda: decode_modes(codes(0, 1, 0), None), "of a scored head"),
+    "scored-column": (lambda: decode_modes(codes(0, 0, 0), torch.zeros(1, 1, 3)), "scored head"),
+    "stripe-without": (lambda: decode_modes(codes(5, 0, 0), None), "0 columns"),
+    "column-half-used": (
+        lambda: decode_modes(codes(5, 0, 0), torch.tensor([[[0.5, -1.0, 0.5]]])),
+        "(0.5, -1.0, 0.5)",
+    ),
+}
+
+
+def codes(*numbers: int) -> torch.Tensor:
+    return torch.tensor([numbers], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("make", "named"), INVALID.values(), ids=INVALID)
+def test_what_cannot_be_is_refused(make: Any, named: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make()
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_compiled_graph_with_a_mixed_plan() -> None:
+    torch._dynamo.reset()
+    given = mixed_inputs(MIXED_LAYOUTS["extra first"], masked=False)
+    call = torch.compile(sparse_attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(call(**given), sparse_attention(**given), rtol=0, atol=2e-5)
