@@ -62,7 +62,7 @@ def observe_v1(
 ) -> torch.Tensor:
     """Hand q (B, H, Nq, D), k and v (B, Hkv, Nk, D) and key_valid (B, Nk) to the ticket's holder.
 
-    layout: as `sparse_attention_v1` takes it. site: the number of the call among those observed in
+    layout: as `sparse_attention_v2` takes it. site: the number of the call among those observed in
     the graph. Returns a copy of `ticket`, (1,) int64. What the holder raises passes through.
     """
     number = int(ticket)

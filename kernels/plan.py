@@ -192,3 +192,10 @@ def least_padding_shape(layout: Layout, tile_size: int) -> TileShape:
 def ideal_tiles(video: Video, tile_size: int) -> int:
     """Tiles a grid would need without any padding."""
     return -(-video.length // tile_size)
+
+
+def padding(layout: Layout, shape: TileShape) -> float:
+    """Tiles of `shape` that cover the layout's grids, over those a grid without padding needs."""
+    size = math.prod(shape)
+    needed = sum(ideal_tiles(video, size) for _, video in layout.videos)
+    return sum(count_tiles(video.grid, shape) for _, video in layout.videos) / needed

@@ -89,13 +89,19 @@ class StaticLists:
     indices: torch.Tensor
     counts: torch.Tensor
 
-    def map(self) -> torch.Tensor:
-        """(n, n) bool: does query tile i (dim 0) keep key tile j."""
+    def map(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, n) bool: does query tile i (dim 0) keep key tile j; (m, n) of the query tiles `rows`.
+
+        rows: (m,) int64 on CPU, or None for all n.
+        """
         tiles, width = self.indices.shape
-        listed = torch.arange(width, device="cpu") < self.counts[:, None]
+        indices, counts = self.indices, self.counts
+        if rows is not None:
+            indices, counts = indices[rows], counts[rows]
+        listed = torch.arange(width, device="cpu") < counts[:, None]
         # what is not listed goes to a column that is cut off
-        places = torch.where(listed, self.indices, tiles).long()
-        keep = torch.zeros(tiles, tiles + 1, dtype=torch.bool, device="cpu")
+        places = torch.where(listed, indices, tiles).long()
+        keep = torch.zeros(len(indices), tiles + 1, dtype=torch.bool, device="cpu")
         return keep.scatter_(1, places, True)[:, :tiles]
 
 

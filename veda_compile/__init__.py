@@ -8,7 +8,9 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
 
 from .attach import Attachment, attach  # noqa: E402
+from .distill import Job, distill  # noqa: E402
 from .errors import (  # noqa: E402
+    DistillError,
     ExecutorError,
     LayoutError,
     OptionsError,
@@ -28,8 +30,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Attachment",
     "Context",
+    "DistillError",
     "ExecutorError",
     "Extra",
+    "Job",
     "Layout",
     "LayoutError",
     "OptionsError",
@@ -42,6 +46,7 @@ __all__ = [
     "VedaError",
     "Video",
     "attach",
+    "distill",
     "report",
     "reset_report",
     "sparse_attention",

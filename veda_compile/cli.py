@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .cli_common import EXIT_ERROR, dtype_of
+from .cli_distill import distill
 from .errors import OptionsError, StrictError, VedaError
 from .kernels.layout import Layout, Video
 from .kernels.static_modes import mode_density
@@ -29,8 +30,7 @@ app = typer.Typer(
 EXIT_DENSE = 1
 """Exit code of `explain` when attention over the video would stay dense or unseen."""
 
-EXIT_ERROR = 2
-"""Exit code when the input was wrong; the error is one line on stderr."""
+app.command()(distill)
 
 
 @app.command()
@@ -93,7 +93,7 @@ def explain(
     from .explain_subject import Video, load_subject
 
     try:
-        subject = load_subject(target, Video(frames, height, width, latent), _dtype(dtype))
+        subject = load_subject(target, Video(frames, height, width, latent), dtype_of(dtype))
         found = look(subject, _options(options), device, dynamic_ops)
     except VedaError as error:
         typer.echo(f"veda: {' '.join(str(error).split())}", err=True)
@@ -108,13 +108,6 @@ def explain(
         found.report.require()
     except StrictError:
         raise typer.Exit(EXIT_DENSE) from None
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise OptionsError(f"--dtype is {name!r}: must be one of {', '.join(known)}")
-    return known[name]
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from .kernels.errors import ExecutorError, LayoutError, PlanError, VedaError
 
 __all__ = [
+    "DistillError",
     "ExecutorError",
     "LayoutError",
     "OptionsError",
@@ -29,6 +30,10 @@ class OptionsError(VedaError, ValueError):
 
 class SidecarError(VedaError, ValueError):
     """A sidecar that cannot be read, is not valid, or was made for another model."""
+
+
+class DistillError(VedaError, RuntimeError):
+    """A distillation that cannot start, or has not seen enough."""
 
 
 class StrictError(VedaError, RuntimeError):
