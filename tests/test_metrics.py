@@ -1,11 +1,18 @@
 """Video metrics against values worked out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from veda_compile.metrics import MetricError, psnr, ssim, temporal_difference_error
+from veda_compile.metrics import (
+    MetricError,
+    bootstrap_interval,
+    psnr,
+    ssim,
+    temporal_difference_error,
+)
 
 
 def clip(batch: int = 2, frames: int = 3, height: int = 16, width: int = 20) -> torch.Tensor:
@@ -153,3 +160,43 @@ def test_other_bad_arguments():
         psnr(a, a, data_range=0.0)
     with pytest.raises(MetricError, match="1 frame"):
         temporal_difference_error(a[:, :, :1], a[:, :, :1])
+
+
+class TestBootstrap:
+    def test_the_interval_is_that_of_the_mean(self) -> None:
+        gen = torch.Generator().manual_seed(0)
+        values = torch.randn(400, generator=gen) * 2 + 5
+        low, high = bootstrap_interval(values)
+        mean, error = float(values.mean()), float(values.std()) / 20
+        assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+        assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+        narrow = bootstrap_interval(values, confidence=0.5)
+        assert low < narrow[0] < narrow[1] < high
+
+    def test_pairs_take_out_what_both_share(self) -> None:
+        gen = torch.Generator().manual_seed(0)
+        hard = torch.randn(50, generator=gen) * 10
+        noise = torch.randn(50, generator=gen) * 0.01
+        low, high = bootstrap_interval(hard + 1 + noise, hard)
+        assert 0.99 < low < 1 < high < 1.01
+
+    def test_the_seed_decides(self) -> None:
+        values = clip().flatten()[:20]
+        assert bootstrap_interval(values) == bootstrap_interval(values)
+        assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+        assert bootstrap_interval(torch.tensor([3.0])) == (3.0, 3.0)
+
+    @pytest.mark.parametrize(
+        ("values", "given"),
+        [
+            (torch.ones(0), {}),
+            (torch.ones(2, 2), {}),
+            (torch.tensor([1.0, float("inf")]), {}),
+            (torch.ones(3), {"baseline": torch.ones(2)}),
+            (torch.ones(3), {"confidence": 1.0}),
+            (torch.ones(3), {"resamples": 0}),
+        ],
+    )
+    def test_bad_values_are_refused(self, values: torch.Tensor, given: dict[str, Any]) -> None:
+        with pytest.raises(MetricError):
+            bootstrap_interval(values, **given)

@@ -1,5 +1,7 @@
 """How far one video clip is from another: PSNR, SSIM and temporal difference error.
 
+`bootstrap_interval` tells how sure a mean over clips is.
+
 Clips are (B, C, T, H, W): batch, channels, frames, height, width. Values are compared as given;
 clamp what a screen would clamp before calling. All sums run in float32, or in float64 where the
 clips are.
@@ -105,6 +107,56 @@ def temporal_difference_error(a: torch.Tensor, reference: torch.Tensor) -> torch
     # differences are linear: those of the error are the error of those
     change = (a - reference).diff(dim=2)
     return change.square().flatten(1).mean(dim=1).sqrt()
+
+
+def bootstrap_interval(
+    values: torch.Tensor,
+    baseline: torch.Tensor | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """An interval for the mean over clips, by the percentile bootstrap.
+
+    Clips are drawn with replacement, `resamples` times; the interval holds the middle share
+    `confidence` of the means (Efron and Tibshirani, "An introduction to the bootstrap", 1993,
+    chapter 13). With a baseline it is the mean of the differences, clip by clip: pair them by seed,
+    and what makes a clip hard for both drops out. With few clips the interval is too narrow.
+
+    Args:
+        values: (B,), finite, one for each clip.
+        baseline: (B,), those of the same clips from something else, or None.
+        confidence: share of the means within the interval, between 0 and 1.
+        resamples: how many means are drawn.
+        seed: the same seed draws the same clips.
+
+    Returns:
+        (low, high), in the units of the values.
+
+    Raises:
+        MetricError: not one finite value per clip, or confidence or resamples out of range.
+    """
+    for x in (values,) if baseline is None else (values, baseline):
+        if x.dim() != 1 or x.shape != values.shape or not len(x) or not bool(x.isfinite().all()):
+            raise MetricError(
+                f"values of shape {tuple(x.shape)}: must be (B,), finite and at least one, the "
+                "baseline's as many"
+            )
+    if not 0.0 < confidence < 1.0 or resamples < 1:
+        raise MetricError(
+            f"confidence {confidence} and resamples {resamples}: must be between 0 and 1, and at "
+            "least 1"
+        )
+    sample = values.double().cpu()
+    if baseline is not None:
+        sample = sample - baseline.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(sample), (resamples, len(sample)), generator=generator)
+    outside = (1.0 - confidence) / 2.0
+    ends = torch.tensor([outside, 1.0 - outside], dtype=torch.float64)
+    low, high = sample[drawn].mean(dim=1).quantile(ends).tolist()
+    return low, high
 
 
 def _pair(

@@ -1,0 +1,1 @@
+"""How good each published way of choosing tiles is: `python -m benchmarks.quality`."""

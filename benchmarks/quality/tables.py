@@ -1,0 +1,64 @@
+"""The results for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def attention_table(rows: Sequence[Row], clips: int) -> Table:
+    """Mean relative squared error, one column a density; beside it what was kept of the mass."""
+    densities = sorted({row["density"] for row in rows})
+    made = Table(title=f"Relative squared error of attention, {clips} held-out clips (95 %)")
+    made.add_column("rule")
+    for density in densities:
+        made.add_column(f"{density:.2f}", justify="right")
+    last = densities[-1] if len(densities) < 2 else densities[len(densities) // 2]
+    for column in ("kept", "retained mass", "Tile Recall", "ms"):
+        made.add_column(f"{column} at {last:.2f}", justify="right")
+    for name in dict.fromkeys(row["rule"] for row in rows):
+        mine = {row["density"]: row for row in rows if row["rule"] == name}
+        one = mine[last]
+        made.add_row(
+            name,
+            *(_with_interval(mine[d], "error", 4) for d in densities),
+            f"{one['kept']:.3f}",
+            f"{one['retained_mass']:.3f}",
+            _or_dash(one["tile_recall"]),
+            f"{one['ms']:.0f} (dense {one['dense_ms']:.0f})",
+        )
+    return made
+
+
+def clip_table(rows: Sequence[Row], clips: int) -> Table:
+    """PSNR, SSIM and temporal difference error against the dense clips."""
+    made = Table(title=f"Clips against dense ones of the same seed, {clips} clips (95 %)")
+    for column in ("density", "rule", "kept", "PSNR dB", "SSIM", "temporal difference error"):
+        made.add_column(column, justify="left" if column == "rule" else "right")
+    last = None
+    for row in sorted(rows, key=lambda row: row["density"]):
+        if last not in (None, row["density"]):
+            made.add_section()
+        last = row["density"]
+        made.add_row(
+            f"{row['density']:.2f}",
+            row["rule"],
+            f"{row['kept']:.3f}",
+            _with_interval(row, "psnr", 1),
+            _with_interval(row, "ssim", 3),
+            _with_interval(row, "temporal", 4),
+        )
+    return made
+
+
+def _with_interval(row: Row, name: str, digits: int) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
