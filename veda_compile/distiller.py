@@ -35,7 +35,8 @@ class StudyOptions:
 
     density: mean density wanted. policy: "mixed", "scored" or "static", see `choose_heads`.
     tile_size: 64 or 128; None is by length. share: of the model's calls that are measured.
-    search_calls: per layer and grid. search_tokens, study_tokens: query tiles a call.
+    search_calls: per layer and grid; after search_all_calls of them only promising shapes.
+    search_tokens, study_tokens: query tiles a call.
     train: whether scores are trained. training_steps: after each studied call.
     lesson_bytes: memory for what training repeats. seed: of the samples.
     """
@@ -45,6 +46,7 @@ class StudyOptions:
     tile_size: int | None = None
     share: float = 0.34
     search_calls: int = 5
+    search_all_calls: int = 2
     search_tokens: int = 4
     study_tokens: int = 8
     train: bool = True
@@ -146,7 +148,10 @@ class Distiller:
         shapes = self.shapes.get(grid, {}).get(name)
         if shapes is None:
             tokens = self._tokens(call.layout, self.options.search_tokens)
-            study.search(call, candidate_shapes(call.layout, size), tokens)
+            found = candidate_shapes(call.layout, size)
+            if study.searched >= self.options.search_all_calls:
+                found = study.promising(found, self.options.density)
+            study.search(call, found, tokens)
             return
         tokens = self._tokens(call.layout, self.options.study_tokens)
         trainer = self.trainers.get(name)

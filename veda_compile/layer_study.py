@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .keep_maps import LADDER
 from .kernels.budget import tiles_to_keep
 from .kernels.layout import Layout
 from .kernels.plan import Plan, TileShape
@@ -19,6 +20,12 @@ from .score_training import Lesson
 from .second_order import SpreadMoments
 from .shape_curves import ShapeCurves
 from .tile_sample import TileSample, tile_samples
+
+_PROMISING = 1.5
+"""A shape that errs this many times as much as a head's best one is not searched any further."""
+
+_SMALL = 1e-4
+"""Relative squared errors below this are all alike."""
 
 FACTOR_RANK = 8
 """Rank of the factorised second-order term, at most head_dim."""
@@ -56,6 +63,15 @@ class LayerStudy:
         if shape not in self.curves:
             self.curves[shape] = ShapeCurves(self.layout, shape, self.heads)
         return self.curves[shape]
+
+    def promising(self, shapes: Sequence[TileShape], density: float) -> tuple[TileShape, ...]:
+        """Those of `shapes` that err little more than the best, for at least one head."""
+        rung = min(range(len(LADDER)), key=lambda place: abs(LADDER[place] - density))
+        error = torch.stack(
+            [self.curve(shape).relative("fit", "closed_form")[:, rung] for shape in shapes]
+        )
+        good = (error <= _PROMISING * error.amin(0) + _SMALL).any(1)
+        return tuple(shape for shape, is_good in zip(shapes, good.tolist(), strict=True) if is_good)
 
     @torch.no_grad()
     def search(self, call: ObservedCall, shapes: Sequence[TileShape], tokens: Tensor) -> None:
