@@ -45,8 +45,8 @@ class StudyOptions:
     policy: str = "mixed"
     tile_size: int | None = None
     share: float = 0.34
-    search_calls: int = 5
-    search_all_calls: int = 2
+    search_calls: int = 12
+    search_all_calls: int = 4
     search_tokens: int = 4
     study_tokens: int = 8
     train: bool = True
