@@ -10,6 +10,7 @@ from torch import fx
 
 from .codes import Tracked, reduce_dims, reshape_codes
 from .indexing import assign
+from .memory import memory_of
 from .sizes import example
 
 
@@ -65,10 +66,7 @@ def _memory(node: fx.Node) -> int | None:
         value = value[0]
     if not isinstance(value, torch.Tensor):
         return None
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
+    return memory_of(value)
 
 
 def undo_view(name: str, base: Any, args: Sequence[Any], kwargs: Any, view: Tracked) -> Any:

@@ -87,6 +87,15 @@ def _draws(name: str) -> bool:
     )
 
 
+def with_values(result: Any, known: Any, given: list[Tracked]) -> Any:
+    """A result, computed from `given`, with the values it is known to have."""
+    if isinstance(result, Tracked) and isinstance(known, torch.Tensor):
+        return Tracked(result.shape, result.codes, known, reads_of(given))
+    if isinstance(result, list) and isinstance(known, list):
+        return [with_values(x, value, given) for x, value in zip(result, known, strict=True)]
+    return result
+
+
 def known_assignment(
     base: Tracked, index: Any, value: object
 ) -> tuple[torch.Tensor | None, frozenset[fx.Node]]:

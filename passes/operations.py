@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._library.custom_ops import CustomOpDef
 
+from .batched import Batched
 from .codes import Tracked
 from .known import IN_PLACE
 from .sizes import shape_hints
@@ -99,7 +100,7 @@ def _flat(arg: Any) -> Iterator[Any]:
 
 def freeze(arg: Any) -> object:
     """A hashable stand-in for an argument; tracked tensors by the identity of their codes."""
-    if isinstance(arg, Tracked):
+    if isinstance(arg, (Tracked, Batched)):
         return arg.key()
     if isinstance(arg, (tuple, list)):
         return tuple(freeze(a) for a in arg)

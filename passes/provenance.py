@@ -6,18 +6,20 @@ are computed once, so that forty identical layers cost little more than one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from . import compute, indexing, movement, scatter
-from .aliases import Aliases, undo_view
+from .aliases import Aliases
+from .arguments import resolved
+from .batched import ENTER, LEAVE, Batched, cross, each, undo
 from .codes import Source, SourceKind, Tracked
-from .known import known_assignment, known_input, known_result, reads_of
+from .known import known_assignment, known_input, known_result, with_values
 from .operations import freeze, is_in_place, operation_name, result_shapes, written_operands
-from .sizes import example, expressions, hint, shape_hints
+from .sizes import example, expressions, shape_hints
 from .subgraphs import output_value, subgraph_call
 
 _CREATED = frozenset({"arange", "linspace"})
@@ -169,12 +171,38 @@ class Provenance:
         if name in _CREATED and len(out) == 1:
             known = known_result(node, name, args, kwargs)
             return Tracked(out, self._source(node, SourceKind.CREATED, out), known)
-        key = (name, freeze(out), freeze(args), freeze(kwargs))
-        if key not in self._memo:
+        if name in (ENTER, LEAVE):
+            return self._crossed(name, out, args)
+        try:
+            return each((args, kwargs), lambda given: self._of_one(node, name, out, *given))
+        except _UNFOLLOWED as refusal:
+            self.unknown.add(f"{name} ({refusal})")
+            return compute.nothing(out)
+
+    def _crossed(self, name: str, out: Any, args: Any) -> Any:
+        """What stands at either edge of a torch.vmap."""
+        try:
+            return self._once(name, (out, args), lambda: cross(out, name, *args))
+        except _UNFOLLOWED as refusal:
+            self.unknown.add(f"torch.vmap ({refusal})")
+            return compute.nothing(out)
+
+    def _of_one(self, node: fx.Node, name: str, out: Any, args: Any, kwargs: Any) -> Any:
+        """The codes of a node, or of one slice of it where it is inside torch.vmap."""
+
+        def make() -> Any:
+            given = compute.tracked_in([args, kwargs])
             result = self._apply(name, out, args, kwargs)
-            self._memo[key] = _with_values(result, known_result(node, name, args, kwargs),
-                                           compute.tracked_in([args, kwargs]))  # fmt: skip
-            self._kept.append((args, kwargs))
+            return with_values(result, known_result(node, name, args, kwargs), given)
+
+        return self._once(name, (out, args, kwargs), make)
+
+    def _once(self, name: str, given: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for equal arguments of one operation."""
+        key = (name, *(freeze(arg) for arg in given))
+        if key not in self._memo:
+            self._memo[key] = make()
+            self._kept.append(given)
         return self._memo[key]
 
     def _apply(self, name: str, out: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -200,26 +228,29 @@ class Provenance:
     def _set_item(self, node: fx.Node) -> None:
         target, index, value = node.args[0], self._resolve(node.args[1]), node.args[2]
         base, written = self._resolve(target), self._resolve(value)
-        if not isinstance(base, Tracked) or not isinstance(target, fx.Node):
+        if not isinstance(base, (Tracked, Batched)) or not isinstance(target, fx.Node):
             return
-        key = ("setitem", freeze(base), freeze(index), freeze(written))
-        if key not in self._memo:
+        try:
+            self._write(target, each((base, index, written), lambda given: self._assigned(*given)))
+        except _UNFOLLOWED as refusal:
+            self._forget(target, f"setitem ({refusal})")
+
+    def _assigned(self, base: Tracked, index: Any, written: Any) -> Any:
+        def make() -> Tracked:
+            coded = any(isinstance(x, Tracked) and x.codes for x in (base, written))
             try:
-                codes = (
-                    indexing.assign(base, index, written).codes if _codes_in(base, written) else {}
-                )
-                values, reads = known_assignment(base, index, written)
-                self._memo[key] = Tracked(base.shape, codes, values, reads)
+                codes = indexing.assign(base, index, written).codes if coded else {}
+                return Tracked(base.shape, codes, *known_assignment(base, index, written))
             except _UNFOLLOWED as refusal:
                 self.unknown.add(f"setitem ({refusal})")
-                self._memo[key] = Tracked(base.shape)
-            self._kept.append((base, index, written))
-        self._write(target, self._memo[key])
+                return Tracked(base.shape)
+
+        return self._once("setitem", (base, index, written), make)
 
     def _write(self, target: fx.Node, value: Any) -> None:
         """`target` now holds `value`; so do the tensors that share its memory, each in its way."""
         self.written.update(self._aliases.family(target))
-        if not isinstance(value, Tracked):
+        if not isinstance(value, (Tracked, Batched)):
             self._forget(target, "an in-place operation")
             return
         self.values[target] = value
@@ -253,11 +284,8 @@ class Provenance:
             return seen
         name = operation_name(view)
         args, kwargs = self._resolve(view.args[1:]), self._resolve(view.kwargs)
-        key = ("undo", name, freeze(held), freeze(args), freeze(kwargs), freeze(seen))
-        if key not in self._memo:
-            self._memo[key] = undo_view(name, held, args, kwargs, seen)
-            self._kept.append((held, args, kwargs, seen))
-        return self._memo[key]
+        given = (held, args, kwargs, seen)
+        return self._once(f"undo {name}", given, lambda: undo(name, *given))
 
     def _forget(self, node: fx.Node, name: str) -> None:
         """What a tensor and all that share its memory hold is no longer known."""
@@ -267,40 +295,5 @@ class Provenance:
             self.values[member] = compute.nothing(result_shapes(example(member)) or ())
 
     def _resolve(self, arg: Any) -> Any:
-        """Arguments with nodes replaced by tracked tensors, or by their value or its hint."""
-        if isinstance(arg, fx.Node):
-            if arg in self.values:
-                return self.values[arg]
-            value = example(arg)
-            if isinstance(value, torch.SymInt):
-                return hint(value)
-            if isinstance(value, torch.Tensor):
-                return Tracked(shape_hints(value))
-            if isinstance(value, (tuple, list)):
-                return [
-                    Tracked(shape_hints(v)) if isinstance(v, torch.Tensor) else v for v in value
-                ]
-            return value
-        if isinstance(arg, tuple):
-            return tuple(self._resolve(a) for a in arg)
-        if isinstance(arg, list):
-            return [self._resolve(a) for a in arg]
-        if isinstance(arg, dict):
-            return {name: self._resolve(a) for name, a in arg.items()}
-        if isinstance(arg, slice):
-            return slice(*(self._resolve(a) for a in (arg.start, arg.stop, arg.step)))
-        return arg
-
-
-def _codes_in(*values: object) -> bool:
-    return any(isinstance(x, Tracked) and x.codes for x in values)
-
-
-def _with_values(result: Any, known: Any, given: Sequence[Tracked]) -> Any:
-    """A result with the values it is known to have."""
-    reads = reads_of(list(given))
-    if isinstance(result, Tracked) and isinstance(known, torch.Tensor):
-        return Tracked(result.shape, result.codes, known, reads)
-    if isinstance(result, list) and isinstance(known, list):
-        return [_with_values(x, value, given) for x, value in zip(result, known, strict=True)]
-    return result
+        """Arguments with tracked tensors in place of nodes."""
+        return resolved(arg, self.values)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .memory import memory_of
 from .operations import is_in_place, operation_name, written_operands
 from .sizes import example_tensor
 
@@ -62,7 +63,5 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor without storage of its own
-        return id(tensor)
+    memory = memory_of(tensor)
+    return id(tensor) if memory is None else memory
