@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .attention_ops import provenance_rules
+from .chain_writes import written_on_the_way
 from .codes import Tracked, reshape_codes
 from .given import Given
 from .grid_sizes import LayoutSizes, find_sizes
@@ -183,6 +184,9 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
     writes = scene.writes(site.owner.graph)
     mask = key_validity(site, _token_size(site.q), _token_size(site.k), writes)
     refusal = judge_call(site, layout, mask, dims, policy)
+    written = written_on_the_way(site, writes)
+    if written is not None and not isinstance(layout, Refusal):
+        refusal = Refusal(Reason.PLAIN_SOFTMAX, written)
     if isinstance(layout, Refusal):
         return Finding(site, layer, dims, None, None, None, refusal)
     refusal = refusal or judge_layer(layer, index, dims, policy)
