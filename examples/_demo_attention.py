@@ -90,7 +90,7 @@ def time_attention(
                 k,
                 v,
                 layout=Layout.of(Video(*site.grid)),
-                plan=_plan(planner, site, q),
+                plan=plan_of(planner, site, q),
                 executor=options.executor,
             )
         run_dense(), run_sparse()  # warm up
@@ -101,11 +101,13 @@ def time_attention(
     return AttentionTimes(dense, sparse)
 
 
-def _plan(planner: Planner, site: SiteRecord, q: Tensor) -> Plan:
-    """What the backend keeps at a site."""
+def plan_of(planner: Planner, site: SiteRecord, q: Tensor) -> Plan:
+    """What the backend keeps at a rewritten site, q (B, H, N, D) being its queries."""
     assert site.grid is not None
     card = planner.card_by_name(site.layer)
     plan = planner.plan(card.name if card else None, q.shape[1], (site.grid,))
-    if plan.projection is None:
-        return plan
-    return replace(plan, projection=plan.projection.to(q.device))
+    weights = {
+        name: None if tensor is None else tensor.to(q.device)
+        for name, tensor in (("projection", plan.projection), ("factors", plan.factors))
+    }
+    return replace(plan, **weights)

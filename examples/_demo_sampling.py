@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from reference_model.dataset import NUM_CLASSES
 from reference_model.sampling import sample_steps
 from torch import Tensor
+
+CLASSES = (1, 7, 2, 4)
+"""What the demo draws, clip by clip: nothing of it was seen by distillation."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Setup:
 
     def class_of(self, clip: int) -> int:
         """Class of a clip; neighbouring clips differ in both shape and motion."""
-        return 5 * clip % NUM_CLASSES
+        return CLASSES[clip % len(CLASSES)]
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -15,6 +15,7 @@ import torch
 import typer
 from _demo_attention import AttentionTimes, record_attention, time_attention
 from _demo_media import write_contact_sheet, write_side_by_side
+from _demo_plans import write_plans
 from _demo_sampling import Setup, TimedModel, generate_both, warm_up
 from reference_model.dataset import CLASS_NAMES
 from reference_model.sampling import DEFAULT_SIZE, FOLDER, WEIGHTS, load_reference_model
@@ -35,8 +36,11 @@ from veda_compile.metrics import psnr, ssim, temporal_difference_error
 from veda_compile.options import Options
 from veda_compile.report import SiteRecord
 
-PLANS = FOLDER / "plans.veda.safetensors"
-"""Per-head plans of the reference model, written by measure_plans.py."""
+SIDECAR = FOLDER / "distilled.veda.safetensors"
+"""Per-head plans of the reference model, written by distill_reference.py."""
+
+FIRST_SEED = 5000
+"""Distillation took seeds below."""
 
 DENSITY = 0.4
 STEPS = 20
@@ -63,7 +67,7 @@ def main(
     size: Annotated[
         tuple[int, int, int], typer.Option(help="Frames, height and width in pixels.")
     ] = DEFAULT_SIZE,
-    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = FIRST_SEED,
     inner: Annotated[
         str, typer.Option(help="Inner compiler of both: inductor, aot_eager or eager.")
     ] = "inductor",
@@ -80,7 +84,7 @@ def main(
     )  # fmt: skip
     options: dict[str, Any] = {"inner": inner, "density": density}
     if sidecar == "auto":
-        sidecar = str(PLANS) if model == WEIGHTS else "none"
+        sidecar = str(SIDECAR) if model == WEIGHTS else "none"
     if sidecar != "none":
         options["sidecar"] = sidecar
     console = Console(quiet=as_json)
@@ -156,10 +160,14 @@ def run(
     }
     console.print(results_table(result))
     names = [CLASS_NAMES[setup.class_of(clip)] for clip in range(setup.clips)]
-    for path in (
+    written = [
         write_side_by_side(pictures, drafts, output / "side_by_side.mp4"),
         write_contact_sheet(pictures, drafts, names, output / "contact_sheet.png"),
-    ):
+    ]
+    if any(site.rewritten for site in sites):
+        chosen = Options.from_dict(options)
+        written.append(write_plans(calls, sites, chosen, output / "plans.png"))
+    for path in written:
         console.print(f"wrote {path}")
     return result
 

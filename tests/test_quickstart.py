@@ -74,6 +74,8 @@ def test_the_demo_reports_and_draws_what_it_measured(model_folder, tmp_path):
 
     frames = iio.imread(tmp_path / "side_by_side.mp4", plugin="pyav")
     assert len(frames) % SIZE[0] == 0
+    assert "plans.png" in done.stdout
+    assert iio.imread(tmp_path / "plans.png").std() > 0
     sheet = iio.imread(tmp_path / "contact_sheet.png")
     assert sheet.shape[0] >= 3 * CLIPS * SIZE[1]  # dense, veda and difference of every clip
     assert sheet.std() > 0
