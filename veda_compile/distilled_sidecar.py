@@ -64,8 +64,8 @@ def distilled_sidecar(
 def kept_projections(learned: Distiller) -> tuple[Tensor, ...]:
     """Per layer (2, H, 3D, D) float32 on CPU; () where no head is better off with a trained score.
 
-    A head keeps its projection only if on the calls set apart it retains more mass at the head's
-    density than the closed form does; else it is zero, which is the closed form.
+    A head keeps its projection only if on the calls set apart, at the head's density, it retains
+    more mass than the closed form does and errs no more; else it is zero, the closed form.
     """
     found, any_kept = [], False
     for name, card in learned.layers.items():
@@ -74,8 +74,7 @@ def kept_projections(learned: Distiller) -> tuple[Tensor, ...]:
         if trainer is not None:
             better = torch.stack(
                 [
-                    _retained(study, learned.choices(grid)[name], "projection")
-                    > _retained(study, learned.choices(grid)[name], "closed_form")
+                    _better(study, learned.choices(grid)[name])
                     for (of, grid), study in learned.studies.items()
                     if of == name
                 ]
@@ -149,6 +148,22 @@ def _retained(study: LayerStudy, choice: LayerChoice, kind: str) -> Tensor:
             for head, h in enumerate(choice.heads)
         ]
     )
+
+
+def _better(study: LayerStudy, choice: LayerChoice) -> Tensor:
+    """(H,) whether the trained score of a head beats the closed form on the calls set apart."""
+    error = {
+        kind: torch.stack(
+            [
+                at_density(study.curves[h.shape].relative("held_out", kind)[head], h.density)
+                for head, h in enumerate(choice.heads)
+            ]
+        )
+        for kind in ("projection", "closed_form")
+    }
+    scored = torch.tensor([head.mode is None for head in choice.heads], device="cpu")
+    mass = _retained(study, choice, "projection") > _retained(study, choice, "closed_form")
+    return scored & mass & (error["projection"] <= error["closed_form"])
 
 
 def _missing(study: LayerStudy, choice: LayerChoice, split: str) -> bool:
