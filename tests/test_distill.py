@@ -99,6 +99,9 @@ def test_static_policy_makes_a_pure_static_sidecar(out: Path) -> None:
     (plan,) = Sidecar.load(out).plans
     assert plan.modes is not None
     assert all(mode is not None for layer in plan.modes for mode in layer)  # type: ignore[union-attr]
+    learn(wan(), out, policy="static", density=0.9)
+    (plan,) = Sidecar.load(out).plans
+    assert any(mode.kind == "full" for layer in plan.modes or () for mode in layer or () if mode)
     learn(wan(), out, policy="scored", density=0.5)
     assert Sidecar.load(out).plans[0].modes is None
 
