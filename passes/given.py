@@ -90,8 +90,14 @@ class Positions:
 
     @property
     def silent(self) -> bool:
-        """Whether the positions cannot tell a grid, because every feature mixes its axes."""
-        return len(groupings(self.rows)) < 2 and not _counts(self.rows)
+        """Whether the positions cannot tell a grid, because every feature mixes its axes.
+
+        Features that mix axes take nearly as many values as there are tokens; a few may coincide,
+        by symmetry or by rounding. A feature of one axis takes at most half as many.
+        """
+        found = groupings(self.rows)
+        mixed = all(2 * int(labels.max() + 1) > self.rows.shape[0] for labels, _ in found)
+        return (len(found) < 2 or mixed) and not _counts(self.rows)
 
     @property
     def of_one_frame(self) -> bool:
