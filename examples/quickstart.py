@@ -42,7 +42,7 @@ SIDECAR = FOLDER / "distilled.veda.safetensors"
 FIRST_SEED = 5000
 """Distillation took seeds below."""
 
-DENSITY = 0.4
+DENSITY = 0.3
 STEPS = 20
 CLIPS = 3
 GUIDANCE = 1.0
