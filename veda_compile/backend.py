@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .handing_on import tagger
 from .inner import Compiled, compile_inner, fake_input
 from .kernels.plan import Plan
 from .known_inputs import KnownInput
-from .options import Options
+from .options import AUTO, Options
 from .passes.analyse import Finding
 from .passes.layers import matches
 from .passes.owned_graph import own_copy
@@ -31,6 +31,10 @@ from .told import Grids
 from .watching import watch_graph
 
 logger = logging.getLogger(__name__)
+
+Members = Sequence[tuple[Finding, SiteRecord]]
+MakeBound = Callable[[Members, GridTeller, PlanInputs], Bound]
+"""Makes what fills the inputs that some attention calls share."""
 
 
 def veda(
@@ -57,7 +61,14 @@ def veda(
     _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
         require_sparse(record)
-    compiled = _compile(owned, example_inputs, findings, record, planner, chosen, earlier)
+    if chosen.sidecar == AUTO and any(site.rewritten for site in record.sites):
+        from .auto_backend import compile_auto  # which builds on this module
+
+        compiled = compile_auto(
+            gm, owned, example_inputs, findings, record, planner, chosen, earlier
+        )
+    else:
+        compiled = _compile(owned, example_inputs, findings, record, planner, chosen, earlier)
     if handing is not None:
         compiled = handing.wrap(compiled)
     log_graph(record, watched)
@@ -80,24 +91,36 @@ def _compile(
     options: Options,
     earlier: EarlierGraphs | None,
 ) -> Compiled:
-    accepted = [
+    accepted = accepted_sites(findings, record)
+    if not accepted:
+        return compile_inner(gm, example_inputs, options.inner, options.config_patches())
+    return compile_rewritten(gm, example_inputs, accepted, planner, options, earlier)
+
+
+def accepted_sites(
+    findings: Sequence[Finding], record: GraphRecord
+) -> list[tuple[Finding, SiteRecord]]:
+    """The findings that are to be rewritten, with their records."""
+    return [
         (finding, site)
         for finding, site in zip(findings, record.sites, strict=True)
         if finding.refusal is None
     ]
-    if not accepted:
-        return compile_inner(gm, example_inputs, options.inner, options.config_patches())
-    return _compile_rewritten(gm, example_inputs, accepted, planner, options, earlier)
 
 
-def _compile_rewritten(
+def compile_rewritten(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     accepted: Sequence[tuple[Finding, SiteRecord]],
     planner: Planner,
     options: Options,
     earlier: EarlierGraphs | None,
+    bound: MakeBound | None = None,
 ) -> Compiled:
+    """Compile `gm`, an owned copy, with its accepted sites sparse.
+
+    bound: fills the inputs of one site; None is as `planner` says.
+    """
     rewriter = Rewriter(gm, planner.score, options.executor)
     groups: dict[PlanInputs, list[tuple[Finding, SiteRecord]]] = {}
     tellers: dict[object, GridTeller] = {}
@@ -106,7 +129,8 @@ def _compile_rewritten(
         teller = grid_teller(gm, finding, tellers, earlier)
         assert finding.layout is not None and finding.dims is not None
         # without a sidecar all layers of one size and grid are alike and share their inputs
-        key = f"{finding.dims.heads} {id(teller)}" if planner.sidecar is None else f"site {place}"
+        alike = planner.sidecar is None and bound is None
+        key = f"{finding.dims.heads} {id(teller)}" if alike else f"site {place}"
         told_per_call = finding.sizes is None or finding.sizes.grids is None
         per_call = len(finding.layout.videos) if told_per_call else 0
         order = finding.layout if finding.layout.order is not None else None
@@ -127,7 +151,9 @@ def _compile_rewritten(
             rewriter.rewrite(finding, inputs)
     binder = Binder(
         [
-            _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner, options)
+            _bound(groups[extra.inputs], told[extra.inputs], extra.inputs, planner)
+            if bound is None
+            else bound(groups[extra.inputs], told[extra.inputs], extra.inputs)
             for extra in rewriter.extra
         ],
         [*input_checks(gm, accepted, example_inputs), *([] if earlier is None else [earlier])],
@@ -224,7 +250,6 @@ def _bound(
     teller: GridTeller,
     inputs: PlanInputs,
     planner: Planner,
-    options: Options,
 ) -> Bound:
     finding = members[0][0]
     dims, layer = finding.dims, finding.layer

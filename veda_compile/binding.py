@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +88,16 @@ class Bound:
     grids: tells the grids of a call. per_call: whether the graph takes them as an input.
     order: (N,) the tokens in raster order, where the graph takes it as an input.
     columns: the most columns of any stripe, where the graph takes static modes as inputs.
-    mark: tells the layer's fingerprint, where the plan depends on it or must be checked.
-    plan: (fingerprint, grids) -> the plan. used: told of every new plan, for the report.
+    mark: tells the layer, mostly by its fingerprint, where the plan depends on it or must be
+        checked.
+    plan: (mark, grids) -> the plan. used: told of every new plan, for the report.
     """
 
     grids: GridTeller
     per_call: bool
-    mark: LayerMark | None
-    plan: Callable[[str | None, Grids], Plan]
-    used: Callable[[str | None, Grids, Plan], None]
+    mark: Callable[[Sequence[Any]], Hashable] | None
+    plan: Callable[[Any, Grids], Plan]
+    used: Callable[[Any, Grids, Plan], None]
     device: torch.device
     order: torch.Tensor | None = None
     columns: int | None = None
@@ -130,7 +131,7 @@ class Binder:
             extra += tensors
         return extra
 
-    def _fill(self, group: Bound, mark: str | None, grids: Grids) -> tuple[torch.Tensor, ...]:
+    def _fill(self, group: Bound, mark: Hashable, grids: Grids) -> tuple[torch.Tensor, ...]:
         plan = group.plan(mark, grids)
         group.used(mark, grids, plan)
         tensors = [

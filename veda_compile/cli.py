@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .cli_cache import cache
 from .cli_common import EXIT_ERROR, dtype_of
 from .cli_distill import distill
 from .errors import OptionsError, StrictError, VedaError
@@ -31,6 +32,7 @@ EXIT_DENSE = 1
 """Exit code of `explain` when attention over the video would stay dense or unseen."""
 
 app.command()(distill)
+app.command()(cache)
 
 
 @app.command()

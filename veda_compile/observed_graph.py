@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class _Site:
     per_call: bool
     order: Tensor | None
     mark: LayerMark
+    layer: str | None
     name: SiteName
 
 
@@ -58,10 +60,10 @@ class ObservedGraph:
         earlier: EarlierGraphs | None,
     ) -> None:
         """gm: the owned copy the findings are of, not yet changed. inputs: its example inputs."""
-        parameters = graph_parameters(gm)
+        self._parameters = graph_parameters(gm)
         tellers: dict[object, GridTeller] = {}
         self._sites = [
-            _site(finding, grid_teller(gm, finding, tellers, earlier), names, parameters)
+            _site(finding, grid_teller(gm, finding, tellers, earlier), names, self._parameters)
             for finding, _ in accepted
         ]
         self._checks: list[Check] = [
@@ -74,6 +76,15 @@ class ObservedGraph:
         self._timestep = (
             None if isinstance(timestep, str) else input_positions(gm, [timestep.node])[0]
         )
+
+    def of(self, names: ModelNames) -> ObservedGraph:
+        """The same graph serving another model."""
+        other = copy(self)
+        other._sites = [
+            replace(site, name=SiteName(names, site.layer, self._parameters))
+            for site in self._sites
+        ]
+        return other
 
     def run(self, args: Sequence[Any], seen: ObservedModel, observer: Observer) -> ObservedRun:
         """What is known of a run with these arguments. Raises LayoutError where its grids cannot be
@@ -162,5 +173,6 @@ def _site(
         finding.sizes is None or finding.sizes.grids is None,
         None if layout.order is None else layout.order.to(dims.device),
         LayerMark([place for _, place in layer.parameters]),
+        layer.name,
         SiteName(names, layer.name, parameters),
     )

@@ -21,6 +21,9 @@ TILE_SIZES = (64, 128)
 SHORT_VIDEO_TOKENS = 16_384
 """Below this, tiles of 128 tokens leave fewer than 128 tiles to choose among: use 64."""
 
+AUTO = "auto"
+"""Value of option `sidecar`: measure in the first calls, and keep the result in the cache."""
+
 SCORE_CHOICES = ("auto", "closed_form", "mean")
 EXECUTOR_CHOICES = ("auto", *EXECUTOR_NAMES)
 INNER_CHOICES = ("inductor", "aot_eager", "eager")
@@ -35,7 +38,9 @@ def tile_size_for(video_tokens: int) -> int:
 class Options:
     """What a user can set. Plain data: Dynamo compares options to share code between modules.
 
-    sidecar: path of a `*.veda.safetensors` file with per-layer plans, or None.
+    sidecar: path of a `*.veda.safetensors` file with per-layer plans, or None. "auto" finds the
+        plans in the model's first calls and keeps them for later processes; a file of that name has
+        to be given as "./auto".
     density: share of key tiles kept, mean over heads, in (0, 1]; None is the sidecar's, or
         `DEFAULT_DENSITY` without one.
     tile_size: 64 or 128 tokens per tile; None is the sidecar's, or `tile_size_for`.
@@ -148,7 +153,7 @@ def _path(name: str, value: object) -> str | None:
         return None
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str) or not path:
-        raise _refusal(name, value, "None or the path of a *.veda.safetensors file")
+        raise _refusal(name, value, "None, 'auto' or the path of a *.veda.safetensors file")
     return path
 
 

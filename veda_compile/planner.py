@@ -15,7 +15,7 @@ from .kernels.break_even import break_even_tokens
 from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan, least_padding_shape
-from .options import DEFAULT_DENSITY, Options, tile_size_for
+from .options import AUTO, DEFAULT_DENSITY, Options, tile_size_for
 from .passes.given import Given
 from .passes.layers import Layer
 from .passes.positions import Evidence
@@ -40,10 +40,15 @@ class Planner:
     content fingerprint of their parameters.
     """
 
-    def __init__(self, options: Options) -> None:
-        """Load the sidecar, if any. Raises SidecarError, or OptionsError if they disagree."""
+    def __init__(self, options: Options, calibrated: Sidecar | None = None) -> None:
+        """Load the sidecar, if any. Raises SidecarError, or OptionsError if they disagree.
+
+        calibrated: the sidecar that option `sidecar="auto"` came to; None while there is none.
+        """
         self._options = options
-        self.sidecar = Sidecar.load(options.sidecar) if options.sidecar is not None else None
+        self.sidecar = calibrated
+        if options.sidecar is not None and options.sidecar != AUTO:
+            self.sidecar = Sidecar.load(options.sidecar)
         if self.sidecar is not None and options.tile_size not in (None, self.sidecar.tile_size):
             raise OptionsError(
                 f"option tile_size is {options.tile_size} but sidecar {self.sidecar.source} was "
@@ -108,10 +113,13 @@ class Planner:
         self, layer: Layer, heads: int, head_dim: int, heads_proven: bool
     ) -> Refusal | None:
         sidecar = self.sidecar
-        if sidecar is None:
+        auto = self._options.sidecar == AUTO
+        if sidecar is None and not auto:
             return None
         if not heads_proven:
             return Refusal(Reason.HEAD_SPLIT_UNPROVEN, f"{heads} heads in the call")
+        if sidecar is None or auto:  # layers without a plan of their own share one
+            return None
         card = self.card_by_name(layer.name)
         if card is not None:
             sidecar.check_model([LayerCard(card.name, heads, head_dim, None)], complete=False)

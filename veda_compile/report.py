@@ -25,7 +25,7 @@ class SiteRecord:
     layer: path in the compiled module; layers: the model's, where one graph serves several.
     remedy: what the user can change where it stays dense. grid: of the last new call; grids: all
     seen. density: share of tile pairs really kept, mean over heads. tile_shapes: the shapes in
-    use, most heads first.
+    use, most heads first. calibration: how far option `sidecar="auto"` is; None without it.
     """
 
     layer: str | None
@@ -43,6 +43,7 @@ class SiteRecord:
     executor: str | None = None
     score: str | None = None
     fingerprint: str | None = None
+    calibration: str | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +73,7 @@ class SiteRecord:
             "executor": self.executor,
             "score": self.score,
             "fingerprint": self.fingerprint,
+            "calibration": self.calibration,
         }
 
 

@@ -20,10 +20,11 @@ def log_graph(record: GraphRecord, watched: WatchedModel | None) -> None:
         logger.info("veda: graph %s: no attention calls", name)
         return
     logger.info(
-        "veda: graph %s: %d of %d attention calls sparse%s%s",
+        "veda: graph %s: %d of %d attention calls %s%s%s",
         name,
         len(record.sites) - sum(left.values()),
         len(record.sites),
+        _state(record),
         _grids(record),
         f"; {sum(left.values())} left dense: {reasons}" if left else "",
     )
@@ -38,6 +39,12 @@ def log_graph(record: GraphRecord, watched: WatchedModel | None) -> None:
             alike, record.model or f"graph {record.compile_id}", site.name, site.explanation,
             site.remedy,
         )  # fmt: skip
+
+
+def _state(record: GraphRecord) -> str:
+    """What those that are not left dense are by now."""
+    states = (site.calibration for site in record.sites if site.rewritten)
+    return next((state for state in states if state is not None), "sparse")
 
 
 def _grids(record: GraphRecord) -> str:

@@ -110,7 +110,14 @@ def _cells(site: SiteRecord) -> tuple[str, ...]:
     tiles = " ".join("x".join(map(str, shape)) for shape in site.tile_shapes[:4])
     tiles += f" +{len(site.tile_shapes) - 4}" if len(site.tile_shapes) > 4 else ""
     density = "" if site.density is None else f"{site.density:.3f}"
-    return "sparse", _grid(site), site.layout or "", tiles, density, str(site.executor)
+    return (
+        site.calibration or "sparse",
+        _grid(site),
+        site.layout or "",
+        tiles,
+        density,
+        str(site.executor),
+    )
 
 
 def _grid(site: SiteRecord) -> str:

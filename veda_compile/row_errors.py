@@ -1,0 +1,156 @@
+"""Output error of tile choices on a sample of single queries: a fast estimate for many tile shapes.
+
+`tile_sample` takes whole query tiles, so every tile shape has logits of its own. Here the sample is
+rows: their probabilities over all keys are computed once and serve all shapes, and each row stands
+for the query tile that it lies in. The estimate is the same on average, and each row costs a
+tile's share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .keep_maps import keep_maps
+from .kernels.plan import Plan, TileShape
+from .kernels.scores import key_features, query_features, tile_scores
+from .kernels.statistics import TileStatistics, tile_statistics
+from .kernels.tiles import TileTable, tile_table
+from .observed_call import ObservedCall
+
+_CHUNK_BYTES = 128 << 20
+"""Memory for what is made of the keys and values of the heads that are measured together."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowSample:
+    """Dense attention of some queries of one batch element of an observed call.
+
+    tokens: (R,) int64, queries of the video. keys: (Hkv, Nk, 2D + gR) float32, of every key its
+    vector, its value and its probability for each of the R queries of the g heads that share it.
+    """
+
+    call: ObservedCall
+    batch: int
+    tokens: Tensor
+    keys: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, call: ObservedCall, batch: int, tokens: Tensor) -> RowSample:
+        """tokens: (R,) on any device."""
+        tokens = tokens.to(call.q.device)
+        kv_heads, dim = call.k.shape[1], call.q.shape[3]
+        rows = call.q[batch].index_select(1, tokens).float().view(kv_heads, -1, dim)
+        keys = rows.new_empty((kv_heads, call.k.shape[2], 2 * dim + rows.shape[1]))
+        keys[..., :dim] = call.k[batch]
+        keys[..., dim : 2 * dim] = call.v[batch]
+        # (Nk, R): a key's row is what tiles are gathered from
+        logits = keys[..., :dim] @ rows.transpose(1, 2) * call.scale
+        if call.key_valid is not None:
+            hidden = ~call.key_valid[batch][:, None]
+            logits.masked_fill_(hidden, -torch.inf)
+            # values of hidden keys may be NaN, and 0 * NaN is NaN
+            keys[..., dim : 2 * dim].masked_fill_(hidden, 0.0)
+        keys[..., 2 * dim :] = logits.softmax(1).nan_to_num_(0.0)
+        return cls(call, batch, tokens, keys)
+
+    @torch.no_grad()
+    def errors(
+        self, shape: TileShape, densities: Sequence[float], score: str
+    ) -> tuple[Tensor, Tensor]:
+        """(H, K) squared output error at each density, and (H,) squared norm of the dense output.
+
+        Float32 on the call's device. score: "closed_form" or "mean".
+        """
+        table = tile_table(self.call.layout, shape, self.call.q.device)
+        kv_heads, _, width = self.keys.shape
+        step = max(1, _CHUNK_BYTES // (8 * table.rows.numel() * width))
+        parts = [
+            self._errors(table, shape, densities, score, first, min(first + step, kv_heads))
+            for first in range(0, kv_heads, step)
+        ]
+        return torch.cat([error for error, _ in parts]), torch.cat([energy for _, energy in parts])
+
+    def _errors(
+        self,
+        table: TileTable,
+        shape: TileShape,
+        densities: Sequence[float],
+        score: str,
+        first: int,
+        stop: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`errors` of the query heads that share the KV heads from `first` to `stop`."""
+        dim, repeat = self.call.q.shape[3], self.call.q.shape[1] // self.call.k.shape[1]
+        kv, count, rows = stop - first, (stop - first) * repeat, len(self.tokens)
+        tiles = table.tile_of_query[self.tokens].long()
+        n, size = table.rows.shape
+        keys = self.keys[first:stop]
+        tiled = keys.index_select(1, table.rows.clamp(min=0).long().flatten())
+        if _padded(table):
+            tiled[..., dim:].masked_fill_((table.rows.flatten() < 0)[:, None], 0.0)
+        tiled = tiled.view(kv, n, size, -1)
+        scores = self._scores(table, tiles, tiled[..., :dim], shape, score, first, stop)
+        keep = keep_maps(
+            scores.flatten(0, 1), tiles.repeat(count), self.call.layout, shape, densities
+        )
+
+        chances = tiled[..., 2 * dim :]
+        part = (chances.transpose(2, 3) @ tiled[..., dim : 2 * dim]).transpose(1, 2)
+        part = part.reshape(count * rows, n, dim)
+        weight = chances.sum(2).transpose(1, 2).reshape(count * rows, n)
+        rest = keys.index_select(1, table.extra.long())
+        outside = rest[..., 2 * dim :].transpose(1, 2)
+        rest_part = (outside @ rest[..., dim : 2 * dim]).view(count * rows, dim)
+        rest_weight = outside.sum(-1).view(count * rows, 1, 1)
+
+        kept = keep.transpose(0, 1).to(part.dtype)  # (count * R, K, n)
+        full = part.sum(1) + rest_part
+        total = kept @ part + rest_part[:, None]
+        kept_weight = kept @ weight[..., None] + rest_weight
+        out = torch.where(kept_weight > 0, total / kept_weight, 0.0)
+        wrong = (out - full[:, None]).square().sum(-1)
+        error = wrong.view(count, rows, -1).sum(1)
+        return error, full.square().sum(-1).view(count, rows).sum(1)
+
+    def _scores(
+        self,
+        table: TileTable,
+        tiles: Tensor,
+        tiled: Tensor,
+        shape: TileShape,
+        score: str,
+        first: int,
+        stop: int,
+    ) -> Tensor:
+        """(h, R, n) of the rows' query tiles for all key tiles, as executors score them.
+
+        tiled: (kv, n, S, D), the key vectors of all tiles.
+        """
+        call, batch = self.call, self.batch
+        repeat = call.q.shape[1] // call.k.shape[1]
+        heads = list(range(first * repeat, stop * repeat))
+        plan = Plan.uniform(call.q.shape[1], shape, 1.0, score)
+        q = call.q[batch : batch + 1, heads[0] : heads[-1] + 1]
+        stats_q = tile_statistics(q, table.query_rows[tiles], None, False)
+        if _padded(table) or call.key_valid is not None:
+            k = call.k[batch : batch + 1, first:stop]
+            valid = None if call.key_valid is None else call.key_valid[batch : batch + 1]
+            stats_k = tile_statistics(k, table.rows, valid, False)
+        else:  # the same without masks, several times as fast
+            mean = tiled.mean(2)
+            variance = (tiled - mean[:, :, None]).square_().mean(2)
+            counts = table.sizes.float()[None, None]
+            stats_k = TileStatistics(counts, mean[None], variance[None], variance[None], None, None)
+        features = key_features(stats_k, plan, heads).repeat_interleave(repeat, dim=1)
+        wanted = query_features(stats_q, plan, heads, call.scale)
+        return tile_scores(wanted, features, stats_k.count, plan)[0]
+
+
+def _padded(table: TileTable) -> bool:
+    """Whether a tile is ragged; known without reading the table from its device."""
+    return table.rows.numel() > len(table.tile_of_token) - len(table.extra)
