@@ -318,9 +318,9 @@ def test_a_sidecar_without_a_plan_for_the_layer(tmp_path: Path) -> None:
 
 
 WITH_TEST_ELSEWHERE = {
-    Reason.UNPROVEN_SIZES, Reason.LAYER_UNKNOWN, Reason.HEAD_SPLIT_UNPROVEN,
+    Reason.UNPROVEN_SIZES, Reason.LAYER_UNKNOWN, Reason.HEAD_SPLIT_UNPROVEN, Reason.SEGMENTS,
 }  # fmt: skip
-"""test_whole_models, test_broken_layers and test_sidecar_verdicts."""
+"""test_whole_models, test_broken_layers, test_sidecar_verdicts and test_segments."""
 
 
 def test_all_remedies_are_tried() -> None:

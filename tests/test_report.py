@@ -26,7 +26,7 @@ from veda_compile.report import GraphRecord, ReportStore, SiteRecord
 GRID: Grid = (4, 8, 12)
 SITE_KEYS = {
     "layer", "verdict", "reason", "explanation", "remedy", "layout", "evidence", "grid", "grids",
-    "layers", "density", "tile_shapes", "executor", "score", "fingerprint",
+    "layers", "density", "tile_shapes", "executor", "score", "fingerprint", "calibration",
 }  # fmt: skip
 
 
