@@ -162,6 +162,13 @@ def auto_bound(
 
     def plan(asked: Asked, grids: Grids) -> Plan:
         name = card_name(asked)
+        if name is None and asked.planner.sidecar is not None:
+            # once for each layer and grid: plans are kept by the binder
+            logger.warning(
+                "veda: layer %s of %s has no plan in its calibration and keeps one tile shape for "
+                "all heads; veda cache --clear has it calibrated anew",
+                asked.layer or layer.name, asked.calibration.seen.model_class,
+            )  # fmt: skip
         chosen = asked.calibration.uniform if name is None else asked.planner
         return chosen.plan(name, dims.heads, grids)
 
