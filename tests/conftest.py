@@ -24,3 +24,30 @@ def fresh_compiler():
     yield
     torch._dynamo.reset()
     veda_compile.reset_report()
+
+
+@pytest.fixture
+def nothing_waits():
+    """Whatever a test does, no observed run of a graph is left behind in the register."""
+    from torch._dynamo.utils import counters
+
+    from veda_compile.kernels.observe_op import waiting
+    from veda_compile.told import running_call
+
+    counters.clear()
+    yield
+    assert waiting() == 0 and running_call() is None
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """What a stage of the GPU benchmark runs under: a CPU, tiny sizes, a file of results."""
+    import time
+
+    from benchmarks.gpu.machine import describe
+    from benchmarks.gpu.results import Results
+    from benchmarks.gpu.stage import Setting
+
+    results = Results(tmp_path / "results.json", describe("cpu", "abc1234"))
+    results.save()
+    return Setting("cpu", True, "auto", 0, results, time.monotonic() + 600.0)

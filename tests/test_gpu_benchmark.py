@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,10 @@ from benchmarks.gpu import attention, break_even, check, tune
 from benchmarks.gpu.exact import kept_pairs, lists_apart, sampled_error
 from benchmarks.gpu.flex import FlexLists, block_map, tile_order
 from benchmarks.gpu.kernel_times import steps
-from benchmarks.gpu.machine import describe
-from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SMOKE_SIZES, call_of, video_tensors
-from benchmarks.gpu.stage import Job, Setting, SkippedError, Stage, WrongResultError
-from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.stage import SkippedError, WrongResultError
 from benchmarks.gpu.tables import tables
 from benchmarks.gpu.timing import Stopwatch
-from benchmarks.gpu.worker import CONTEXT_LOST, work
-from benchmarks.report_performance import PAGE, RESULTS, page
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import select_tiles
@@ -36,13 +30,6 @@ from veda_compile.kernels.tiles import tile_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = SMOKE_SIZES[0]
-
-
-@pytest.fixture
-def setting(tmp_path):
-    results = Results(tmp_path / "results.json", describe("cpu", "abc1234"))
-    results.save()
-    return Setting("cpu", True, "auto", 0, results, time.monotonic() + 600.0)
 
 
 @pytest.fixture(scope="module")
@@ -231,83 +218,6 @@ def test_flex_gets_the_same_pairs(call):
     assert whole[mask.full_kv_indices[listed].long()].all()  # there no padding is masked
 
 
-def jobs_of(*jobs: Job) -> Stage:
-    return Stage("check", 1.0, 60.0, lambda setting: iter(jobs))
-
-
-def test_one_broken_case_does_not_lose_the_others(setting):
-    def fail():
-        raise ValueError("no such luck")
-
-    def skip():
-        raise SkippedError("nothing to do")
-
-    fine = mock.Mock(return_value={"config": "x"})
-    stage = jobs_of(Job("a", fail), Job("b", skip), Job("c", fine), Job("d", fine, 1e6))
-    assert work(stage, setting) == 0
-    found = {record["case"]: record for record in Results.load(setting.results.path).records}
-    assert [found[case]["status"] for case in "abcd"] == ["failed", "skipped", "ok", "skipped"]
-    assert found["a"]["error"] == "ValueError: no such luck"
-    assert found["d"]["error"] == "no time left"
-    assert work(stage, setting) == 0  # all have records
-    assert fine.call_count == 1
-
-
-def test_a_lost_gpu_ends_the_process(setting):
-    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
-    with mock.patch("torch.cuda.synchronize", side_effect=lost):
-        later = mock.Mock()
-        stage = jobs_of(Job("a", mock.Mock(side_effect=lost)), Job("b", later))
-        assert work(stage, replace(setting, device="cuda")) == CONTEXT_LOST
-    assert not later.called
-
-
-class Worker:
-    """Stands in for a process that works on the file of results."""
-
-    def __init__(self, act, status):
-        self.act, self.status, self.killed = act, status, False
-
-    def wait(self, timeout=None):
-        if self.act == "hang" and not self.killed:
-            raise subprocess.TimeoutExpired("worker", timeout)
-        return -9 if self.killed else self.status
-
-    def kill(self):
-        self.killed = True
-
-
-@pytest.mark.parametrize("how", ["crash", "hang"])
-def test_a_stage_goes_on_after_a_crash_or_a_hang(setting, how):
-    path, workers = setting.results.path, []
-
-    def start(command, cwd):
-        results = Results.load(path)
-        if not workers:
-            results.begin("check", "bad")
-            if how == "hang":
-                os.utime(path, (0, 0))
-        else:
-            results.add("check", "good", "ok", {})
-        workers.append(Worker(how if not workers else "end", 0 if workers else -11))
-        return workers[-1]
-
-    with mock.patch.object(program.subprocess, "Popen", start):
-        results = program._run("check", setting.results, 60.0, [])
-    assert [(r["case"], r["status"]) for r in results.records] == [
-        ("bad", "failed"),
-        ("good", "ok"),
-    ]
-    assert ("-11" if how == "crash" else "hung") in results.records[0]["error"]
-    assert workers[0].killed == (how == "hang")
-
-
-def test_the_file_is_whole_while_it_is_written(setting):
-    with mock.patch("os.replace", side_effect=OSError), pytest.raises(OSError):
-        setting.results.add("check", "a", "ok", {})
-    assert Results.load(setting.results.path).records == []
-
-
 def test_alternatives_take_turns():
     turns = []
     found = Stopwatch("cpu").measure([partial(turns.append, x) for x in "ab"], 0.0, least=4)
@@ -340,38 +250,3 @@ def test_events_time_the_device_and_the_clock_times_the_host():
 def test_kernels_are_counted_to_their_step():
     kernels = {"attend_kernel": 5.0, "choose_kernel": 1.0, "pool_kernel": 0.5, "gemm": 0.25}
     assert steps(kernels) == {"statistics and scores": 0.75, "selection": 1.0, "attend": 5.0}
-
-
-def test_the_page_on_performance_is_up_to_date():
-    assert PAGE.read_text() == page(RESULTS)
-
-
-def test_the_page_says_that_there_is_nothing_yet(setting, tmp_path):
-    setting.results.add("check", "a", "ok", {"error": 0.0})  # on a CPU
-    assert "There is no GPU result yet" in page(tmp_path)
-
-
-def test_the_page_shows_the_newest_record_of_each_case(tmp_path):
-    about = {
-        "device_type": "cuda", "device": "NVIDIA Z1", "commit": "abc1234", "torch": "2.11",
-        "triton": "3.6", "capability": "9.0", "driver": "1", "cuda": "13.0",
-    }  # fmt: skip
-    timing = {"median": 2.0, "min": 1.0, "p25": 1.5, "p75": 2.5, "runs": 5, "host": 0.1}
-    for i, speedup in enumerate((1.5, 1.75)):
-        results = Results(tmp_path / f"{i}.json", about)
-        results.add(
-            "break_even", "4096 tokens", "ok",
-            {
-                "heads": 12, "tokens": 4096, "tile": (4, 4, 4), "best": "sdpa", "speedup": speedup,
-                "speedup_with_launching": 1.1, "times": {"sdpa": timing, "sparse": timing},
-            },
-        )  # fmt: skip
-    shown = page(tmp_path)
-    assert "NVIDIA Z1, commit abc1234" in shown and "no GPU result" not in shown
-    assert "1.75x" in shown and "1.50x" not in shown
-    assert "With 12 heads sparse is faster, launching counted, from 4,096 tokens on." in shown
-
-
-def test_every_stage_has_tables():
-    for name in STAGES:
-        assert tables(name, [])[1:] == []

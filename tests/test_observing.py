@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from observers import QUICK, Notebook, compiles, regionally, wan_layers
 from small_transformers import (
     TEXT,
     Grid,
@@ -30,93 +28,16 @@ from torch._dynamo.utils import counters
 from toys import latents
 
 import veda_compile
-from veda_compile.errors import LayoutError, OptionsError
 from veda_compile.fingerprint import fingerprint, module_tensors
 from veda_compile.functional import sparse_attention
 from veda_compile.kernels.layout import Extra, Layout, Video
-from veda_compile.kernels.observe_op import waiting
 from veda_compile.kernels.plan import Plan
 from veda_compile.observing import ObservedCall, observed
-from veda_compile.sidecar_schema import LayerCard
 from veda_compile.told import running_call
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler", "nothing_waits")
 
 GRID, FLIPPED, LARGER = (4, 8, 12), (4, 12, 8), (5, 6, 16)
-QUICK: dict[str, Any] = {"min_tokens": 0, "inner": "eager"}
-
-
-@pytest.fixture
-def nothing_waits() -> Iterator[None]:
-    """Whatever a test does, no run of a graph is left behind in the register."""
-    counters.clear()
-    yield
-    assert waiting() == 0 and running_call() is None
-
-
-def compiles() -> int:
-    return int(counters["stats"]["unique_graphs"])
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A copy of an observed call, and the dense attention of its operands."""
-
-    layer: LayerCard
-    layout: Layout
-    scale: float
-    timestep: float | None
-    q: Tensor
-    k: Tensor
-    key_valid: Tensor | None
-
-
-class Notebook:
-    """An observer that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.calls: list[Kept] = []
-
-    def __call__(self, call: ObservedCall) -> None:
-        valid = None if call.key_valid is None else call.key_valid.clone()
-        time = None if call.timestep is None else float(call.timestep)
-        assert call.timestep is None or (call.timestep.dim(), call.timestep.dtype) == (
-            0,
-            torch.float32,
-        )
-        assert not call.q.requires_grad
-        self.calls.append(
-            Kept(call.layer, call.layout, call.scale, time, call.q.clone(), call.k.clone(), valid)
-        )
-
-    @property
-    def names(self) -> list[str]:
-        return [call.layer.name for call in self.calls]
-
-    def take(self) -> list[Kept]:
-        """What was seen since the last time."""
-        calls, self.calls = self.calls, []
-        return calls
-
-
-def regionally(model: Any, backend: Any, **settings: Any) -> Any:
-    for kind in ("blocks", "transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, kind, ()):
-            block.compile(backend=backend, **settings)
-    return model
-
-
-def state(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What a module is called by, of all modules."""
-    return [
-        (
-            module,
-            dict(module.__dict__),
-            list(module._forward_pre_hooks.items()),
-            list(module._forward_hooks.items()),
-        )
-        for module in model.modules()
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,10 +60,6 @@ def test_inductor_computes_the_same_bit_for_bit(how: str, dtype: torch.dtype) ->
         seen.active = False
         assert torch.equal(run(model, inputs), wanted)
     assert len(note.calls) == 1
-
-
-def wan_layers(count: int) -> list[str]:
-    return [f"blocks.{i}.attn1" for i in range(count)]
 
 
 DUAL = [f"transformer_blocks.{i}.attn" for i in range(2)]
@@ -276,107 +193,6 @@ def test_the_same_parameters_under_other_names() -> None:
     assert note.names == wan_layers(3) * 2
 
 
-def test_calls_pass_unobserved_while_it_is_not_active() -> None:
-    model, note = wan(), Notebook()
-    with observed(model, note, options=QUICK) as seen:
-        seen.active = False
-        run(model, wan_inputs(GRID))
-        assert (note.calls, seen.layers) == ([], [])
-        seen.active = True
-        run(model, wan_inputs(GRID))
-        assert note.names == wan_layers(3)
-        assert compiles() == 1
-
-
-@pytest.mark.parametrize(
-    ("how", "failure"),
-    [
-        ("eager", ValueError("mine")),
-        ("whole", ValueError("mine")),
-        ("compile", KeyboardInterrupt()),
-        ("regional", KeyboardInterrupt()),
-    ],
-)
-def test_everything_is_as_before(how: str, failure: BaseException) -> None:
-    """After an end in peace, in error and in an interrupt, which reach the caller as they are."""
-    model = called = wan(layers=2)
-    options = {**QUICK, "density": 0.3}
-    if how == "whole":
-        called = torch.compile(model, backend="veda", options=options)
-    elif how == "compile":
-        model.compile(backend="veda", options=options)
-    elif how == "regional":
-        regionally(model, "veda", options=options)
-    inputs = wan_inputs(GRID)
-    sparse = run(called, inputs)
-    before, needed = state(called), compiles()
-
-    def fail(_: ObservedCall) -> None:
-        raise failure
-
-    with observed(called, Notebook(), options=QUICK):
-        assert how == "eager" or distance(run(called, inputs), sparse) > 1e-3
-    assert state(called) == before
-    with pytest.raises(type(failure)) as raised, observed(called, fail, options=QUICK):
-        run(called, inputs)
-    assert raised.value is failure
-    assert state(called) == before
-    needed = compiles()
-    assert torch.equal(run(called, inputs), sparse)
-    assert compiles() == needed
-
-
-def test_one_may_be_caught_inside_and_the_next_call_is_seen() -> None:
-    model, inputs = wan(), wan_inputs(GRID)
-    note, fails = Notebook(), [True]
-
-    def sometimes(call: ObservedCall) -> None:
-        if fails[0]:
-            raise ValueError("mine")
-        note(call)
-
-    with observed(model, sometimes, options=QUICK):
-        with pytest.raises(ValueError, match="mine"):
-            run(model, inputs)
-        fails[0] = False
-        run(model, inputs)
-    assert note.names == wan_layers(3)
-
-
-def test_many_sessions_do_not_reach_the_recompile_limit() -> None:
-    if not hasattr(torch._dynamo.eval_frame, "_get_total_cache_entry_count"):
-        pytest.skip("this torch keeps the graphs of all backends in one place")
-    model, inputs = wan(layers=1), wan_inputs((2, 4, 6))
-    for _ in range(torch._dynamo.config.recompile_limit + 2):
-        note = Notebook()
-        with observed(model, note, options=QUICK):
-            run(model, inputs)
-        assert note.names == wan_layers(1)
-
-
-def test_nothing_is_kept() -> None:
-    model, inputs = wan(), wan_inputs(GRID)
-    seen: list[weakref.ref[Tensor]] = []
-
-    class Watcher:
-        def __call__(self, call: ObservedCall) -> None:
-            seen.extend(weakref.ref(x) for x in (call.q, call.k, call.v))
-
-    watcher = Watcher()
-    held = weakref.ref(watcher)
-    with observed(model, watcher, options=QUICK) as found:
-        run(model, inputs)
-        assert len(seen) == 9 and all(ref() is None for ref in seen)
-    del watcher
-    gc.collect()
-    assert held() is None  # nor the compiled graphs, which call it
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-    assert [card.name for card in found.layers] == wan_layers(3)
-
-
 @pytest.mark.parametrize("run_block", [checkpointed, in_region])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_inside_nested_graphs(run_block: Callable[[nn.Module, Tensor], Tensor], inner: str) -> None:
@@ -468,25 +284,3 @@ def test_what_would_stay_dense_is_not_observed() -> None:
     with observed(named, note, options={**QUICK, "dense_layers": ["blocks.1.attn1"]}):
         run(named, wan_inputs(GRID))
     assert note.names == ["blocks.0.attn1", "blocks.2.attn1"]
-
-
-def test_a_wrong_grid_is_refused_before_anything_is_observed() -> None:
-    model, note = regionally(timed(), "veda", options=QUICK), Notebook()
-    grids = [(3, 4, 6), (3, 4, 5)]
-    attached = veda_compile.attach(model, grid=lambda *_, **__: grids[0])
-    with torch.no_grad(), observed(model, note, options=QUICK):
-        model(latents())
-        grids.pop(0)
-        with pytest.raises(LayoutError):
-            model(latents())
-    attached.remove()
-    assert len(note.calls) == 2
-
-
-def test_wrong_options_are_refused_at_once() -> None:
-    model = wan()
-    before = state(model)
-    wrong = observed(model, Notebook(), options={"min_token": 0})
-    with pytest.raises(OptionsError, match="min_token"), wrong:
-        pass
-    assert state(model) == before
