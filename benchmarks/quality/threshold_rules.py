@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veda_compile.kernels.tiles import tile_table
 
-from .rule import CUBE, Choice, Rule, Site, budget, gathered, means, tiled
+from .rule import CUBE, TILE_SIZE, Choice, Rule, Site, budget, gathered, means, tiled
 
 
 def best_of_head(values: Tensor, kept: int, always: Tensor | None = None) -> Tensor:
@@ -47,7 +47,8 @@ class Sol(Rule):
     """Tiles whose pooled score exceeds the row's mean by tau standard deviations.
 
     With `corrected`, what is dropped is put back as one token per tile: its mean key and mean
-    value, weighted by its number of tokens. That is one further key per tile for every query.
+    value, weighted by its number of tokens. That is one further key per tile for every query: it
+    counts, so that at equal density as many keys are attended to as under other rules.
     """
 
     source = "Sol-Attn, arXiv 2607.24027"
@@ -61,11 +62,17 @@ class Sol(Rule):
         keys = means(site.k, site, CUBE)
         scores = means(site.q, site, CUBE) @ keys.transpose(-1, -2)
         normal = (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True)
-        keep = best_of_head(normal, whole_budget(site, density))
+        means_kept = 1.0 / TILE_SIZE if self.corrected and density < 1.0 else 0.0
+        keep = best_of_head(normal, whole_budget(site, max(density - means_kept, 0.0)))
         choice = tiled(site, {CUBE: keep}, (CUBE,) * site.heads)
         if not self.corrected:
             return choice
-        return Choice(choice.call, choice.selection, choice.density, _Correction(site, keys, keep))
+        return Choice(
+            choice.call,
+            choice.selection,
+            choice.density + means_kept,
+            _Correction(site, keys, keep),
+        )
 
 
 class _Correction:
