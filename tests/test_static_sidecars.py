@@ -120,6 +120,20 @@ def test_a_density_that_static_heads_forbid_is_refused() -> None:
         dataclasses.replace(made, plans=(everyone,)).plan_for(FIRST, GRID, density=0.2)
 
 
+def test_static_heads_alone_are_taken_where_they_all_but_keep_the_density() -> None:
+    made = mixed_sidecar()
+    everyone = dataclasses.replace(made.plans[0], modes=((SKIP,) * 3, (DIAGONAL,) * 3))
+    static = dataclasses.replace(made, plans=(everyone,))
+    shapes = everyone.tile_shapes[1]
+    kept = sum(mode_density(Layout.of(Video(*GRID)), s, DIAGONAL) for s in shapes) / 6
+    for density in (kept, 1.03 * kept):
+        plan, _ = static.plan_for(FIRST, GRID, density=density)
+        assert plan.modes == (SKIP,) * 3
+    for density in (0.98 * kept, 1.2 * kept):
+        with pytest.raises(SidecarError, match="cannot be met"):
+            static.plan_for(FIRST, GRID, density=density)
+
+
 def test_layer_independent_sees_modes_and_factors() -> None:
     made = small_sidecar()
     plan = made.plans[0]

@@ -12,6 +12,9 @@ from .kernels.layout import Layout, Video
 from .kernels.static_modes import mode_density
 from .sidecar_schema import Grid, GridPlan
 
+_STATIC_SLACK = 0.05
+"""Share of a mean density by which static heads alone may fall short of it."""
+
 
 @dataclass(frozen=True)
 class GridMatch:
@@ -68,8 +71,9 @@ def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
     """What to multiply the densities of scored heads by, so that all heads keep `mean` on average.
 
     Heads of all layers count: scored ones with their density, which stops at 1, static ones with
-    what their mode keeps on `grid`, which stays. Raises SidecarError where they keep too much or
-    too little for the mean to be met.
+    what their mode keeps on `grid`, which stays. Static heads alone are as near to the mean as
+    whole tiles allow: they are taken as they are up to `_STATIC_SLACK` below it. Raises
+    SidecarError where they keep too much or too little for the mean to be met.
     """
     layout = Layout.of(Video(*grid))
     scored: list[float] = []
@@ -85,6 +89,8 @@ def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
     least, most = sum(kept) / heads, (sum(kept) + len(scored)) / heads
     if not kept:
         return density_factor(scored, mean)
+    if not scored and (1.0 - _STATIC_SLACK) * mean <= least <= mean + 1e-9:
+        return 1.0
     if not scored or not least < mean <= most + 1e-9:
         remedy = f"give one above {least:.4f} and at most {most:.4f}, or 1.0 to keep everything"
         if not scored:
