@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from veda_compile.passes.token_map import coordinates, to_bhnd
 
 
 def named_rows(
-    codes: Tracked, operand: Operand, source: Source, element: list[int], batch: int
+    codes: Tracked, operand: Operand, source: Source, element: Sequence[int], batch: int
 ) -> Tensor:
     """(B, N) or (1, N) the rows that the codes say an element of a source is in.
 

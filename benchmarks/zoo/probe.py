@@ -1,8 +1,8 @@
-"""Running a captured graph with attention taken out, so that tokens do not mix."""
+"""Running a graph with attention taken out, so that tokens do not mix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,44 +13,10 @@ from torch.utils import _pytree as pytree
 from veda_compile.passes.layers import module_path
 from veda_compile.passes.sites import Operand, Site
 
-from .entry import Entry, Grid
-
 Operands = tuple[Tensor, Tensor, Tensor]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A Dynamo graph and the inputs its backend was given."""
-
-    gm: fx.GraphModule
-    inputs: list[Any]
-
-
-def captured(entry: Entry, grid: Grid, batch: int) -> list[Graph]:
-    """Every graph of one call of a model."""
-    graphs: list[Graph] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(Graph(gm, copies(inputs)))
-        return gm.forward
-
-    torch._dynamo.reset()
-    model, inputs = entry.make(entry.fit(grid), batch)
-    with torch.no_grad(), entry.settings():
-        torch.compile(model, backend=backend, dynamic=False)(**inputs)
-    return graphs
-
-
-def copies(inputs: list[Any]) -> list[Any]:
-    """Inputs that a graph may write to."""
-    return [pytree.tree_map_only(Tensor, _copy, value) for value in inputs]
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value if isinstance(value, torch.nn.Parameter) else value.detach().clone()
 
 
 @dataclass(frozen=True)
@@ -70,13 +36,20 @@ class Probe(fx.Interpreter):
     """Runs a graph, keeping q, k and v of every attention call and zeroing its output.
 
     seen: q, k and v by call. spread: calls that ran after a convolution that sees neighbours.
+    sees_neighbours: whether such a convolution has run, in this graph or in one before it.
     """
 
-    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], bypass: Bypass) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        sites: Sequence[Site],
+        bypass: Bypass,
+        sees_neighbours: bool = False,
+    ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self._sites = {site.node: site for site in sites}
         self._bypass = bypass
-        self._sees_neighbours = False
+        self.sees_neighbours = sees_neighbours
         self.seen: dict[Site, Operands] = {}
         self.spread: set[Site] = set()
 
@@ -86,7 +59,7 @@ class Probe(fx.Interpreter):
         if site is not None:
             q, k, v = (self.env[operand.node].clone() for operand in (site.q, site.k, site.v))
             self.seen[site] = (q, k, v)
-            if self._sees_neighbours:
+            if self.sees_neighbours:
                 self.spread.add(site)
         name = getattr(n.target, "__name__", "")
         if name in _CONVOLUTIONS:
@@ -107,7 +80,7 @@ class Probe(fx.Interpreter):
         for d, step in enumerate(_each(given.get("stride", 1), weight)):
             half = weight.shape[d + 2] // 2
             if step == 1 and weight.shape[d + 2] % 2 and 0 < half <= pads[d]:
-                self._sees_neighbours = True
+                self.sees_neighbours = True
                 weight = weight.narrow(d + 2, half, 1)
                 pads[d] -= half
         if self._bypass.neighbours:

@@ -157,6 +157,6 @@ ENTRIES = (
           latent=None, batches=(1,), cut=True),
     Entry("wan animate 2 cached", partial(_animate_2, cached=True), (),
           {**CROSS, "BLOCK_MASK": 1}, model="WanAnimate2Transformer3DModel",
-          latent=None, batches=(1,)),
+          latent=None, batches=(1,), cut=True),
 )  # fmt: skip
 """Helios, AnyFlow and Wan-Animate-2."""
