@@ -88,6 +88,6 @@ def settle(model: Any, calls: int = 12, grid: Grid = GRID) -> int:
 def planned(model: Any, seed: int, grid: Grid = GRID, used: Grid | None = None) -> torch.Tensor:
     """What the cached plans of the last calibration must make of a call."""
     sidecar = Sidecar.load(list(cached_files())[-1])
-    plans = {card.name: sidecar.plan_for(card.name, grid, density=0.3)[0]
+    plans = {card.name: sidecar.plan_for(card.name, grid)[0]
              for card in sidecar.model.layers}  # fmt: skip
     return run_by_hand(model, wan_inputs(grid, seed), Layout.of(Video(*grid)), plans)

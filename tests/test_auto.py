@@ -63,7 +63,8 @@ def test_first_calls_are_dense_and_later_ones_have_the_found_plans(regional: boo
     sidecar = Sidecar.load(path)
     assert [card.name for card in sidecar.model.layers] == LAYERS
     kept = [d for layer in sidecar.plans[0].density for d in layer]
-    assert sum(kept) / len(kept) == pytest.approx(0.3, abs=1e-6)
+    # never above; between static modes there is nothing, so that some may be left
+    assert 0.27 <= sum(kept) / len(kept) <= 0.3 + 1e-6
     assert len({shape for layer in sidecar.plans[0].tile_shapes for shape in layer}) > 1
 
 
@@ -117,7 +118,7 @@ def test_two_models_of_one_class_do_not_mix(regional: bool) -> None:
     (other,) = files - {mine}
     for model, path, plain in ((first, mine, wan()), (second, other, wan(seed=7))):
         sidecar = Sidecar.load(path)
-        plans = {name: sidecar.plan_for(name, GRID, density=0.3)[0] for name in LAYERS}
+        plans = {name: sidecar.plan_for(name, GRID)[0] for name in LAYERS}
         wanted = run_by_hand(plain, wan_inputs(GRID, 9), Layout.of(Video(*GRID)), plans)
         assert distance(call(model, 9), wanted) <= EXACT
     assert Sidecar.load(mine).model != Sidecar.load(other).model
@@ -150,7 +151,7 @@ def test_text_beside_the_video(family: str, regional: bool) -> None:
         found = run(model, inputs)
     assert states() == {"sparse (calibrated now)"}
     sidecar = Sidecar.load(next(iter(cached_files())))
-    plans = {card.name: sidecar.plan_for(card.name, GRID, density=0.3)[0]
+    plans = {card.name: sidecar.plan_for(card.name, GRID)[0]
              for card in sidecar.model.layers}  # fmt: skip
     text: tuple[Segment, ...] = (Extra(12),)
     video: tuple[Segment, ...] = (Video(*GRID),)

@@ -36,6 +36,7 @@ from .passes.owned_graph import own_copy
 from .passes.rewrite import PlanInputs
 from .planner import Planner
 from .report import GraphRecord
+from .searched_modes import MOST_COLUMNS
 from .told import Grids
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,8 @@ def auto_bound(
 
     order = None if inputs.order is None else inputs.order.order
     device = torch.device(dims.device)
-    return Bound(teller, inputs.grids > 0, mark, plan, used, device, order)
+    columns = MOST_COLUMNS if inputs.columns else None
+    return Bound(teller, inputs.grids > 0, mark, plan, used, device, order, columns)
 
 
 class DenseRun:

@@ -18,6 +18,7 @@ from .attention_modules import attention_modules
 from .errors import SidecarError
 from .fingerprint import fingerprint, module_tensors
 from .options import DEFAULT_DENSITY, Options
+from .searched_modes import MOST_COLUMNS
 from .sidecar import Sidecar
 from .sidecar_file import SUFFIX
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "VEDA_CACHE_DIR"
 
-_METHOD = 1
+_METHOD = 2
 """Goes up when calibration comes to other plans: older files are not found any more."""
 
 _KEY_LENGTH = 24
@@ -88,9 +89,11 @@ def load_cached(path: Path, key: str) -> Sidecar | None:
     except SidecarError as error:
         logger.warning("veda: cached calibration is ignored and will be replaced: %s", error)
         return None
-    plain = found.score != "projection" and not found.factors and found.columns is None
+    # graphs are compiled before their plans are known, with inputs for no more than this
+    fits = found.score != "projection" and not found.factors
+    fits = fits and (found.columns or 0) <= MOST_COLUMNS
     made = found.provenance
-    if not plain or (made.get("made_by"), made.get("key")) != (_MADE_BY, key):
+    if not fits or (made.get("made_by"), made.get("key")) != (_MADE_BY, key):
         logger.warning(
             "veda: cached calibration is ignored and will be replaced: %s is not of this model and "
             "these options", path,

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .allocation import allocate
-from .kernels.plan import TileShape
-from .layer_search import LayerSearch
+from .distilled_sidecar import LEAST_DENSITY
+from .layer_search import LayerSearch, Option
 from .sidecar import Sidecar
 from .sidecar_schema import Grid, GridPlan, LayerCard, ModelCard
-
-Option = tuple[TileShape, float, float]
 
 
 def calibrated_sidecar(
@@ -45,18 +43,26 @@ def _grid_plan(grid: Grid, searches: Sequence[LayerSearch], density: float) -> G
         for head in range(search.heads):
             options = search.options(head)
             heads.append(options)
-            costs.append([cost for _, cost, _ in options])
-            errors.append([error * weights[head] for _, _, error in options])
+            costs.append([option.density for option in options])
+            errors.append([option.error * weights[head] for option in options])
             known = list(search.taken)
-            groups.append([known.index(shape) for shape, _, _ in options])
-    chosen = []
-    for options, choice in zip(heads, allocate(costs, errors, density, groups), strict=True):
-        shape, low, _ = options[choice.index]
-        chosen.append((shape, low + choice.share * (options[choice.toward][1] - low)))
-    plans = iter(chosen)
-    layers = [[next(plans) for _ in range(search.heads)] for search in searches]
-    return GridPlan(
-        grid,
-        tuple(tuple(shape for shape, _ in layer) for layer in layers),
-        tuple(tuple(kept for _, kept in layer) for layer in layers),
-    )
+            groups.append(
+                [
+                    # between static modes there is nothing
+                    known.index(option.shape) if option.mode == "scored" else -1 - place
+                    for place, option in enumerate(options)
+                ]
+            )
+    choices = iter(zip(heads, allocate(costs, errors, density, groups), strict=True))
+    shapes, kept, modes = [], [], []
+    for search in searches:
+        taken, budgets = [], []
+        for _ in range(search.heads):
+            options, choice = next(choices)
+            low, high = options[choice.index], options[choice.toward]
+            taken.append(low)
+            budgets.append(low.density + choice.share * (high.density - low.density))
+        shapes.append(tuple(option.shape for option in taken))
+        kept.append(tuple(max(value, LEAST_DENSITY) for value in budgets))
+        modes.append(tuple(search.static_mode(head, option) for head, option in enumerate(taken)))
+    return GridPlan(grid, tuple(shapes), tuple(kept), tuple(modes))

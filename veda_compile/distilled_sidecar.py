@@ -16,7 +16,7 @@ from .layer_study import LayerStudy
 from .sidecar import Sidecar
 from .sidecar_schema import Grid, GridPlan, ModelCard
 
-_LEAST_DENSITY = 1e-3
+LEAST_DENSITY = 1e-3
 """What a static head that keeps no tile is filed with: a density must be above 0."""
 
 
@@ -38,7 +38,7 @@ def distilled_sidecar(
                 grid,
                 tuple(choices[card.name].shapes for card in layers),
                 tuple(
-                    tuple(max(h.density, _LEAST_DENSITY) for h in choices[card.name].heads)
+                    tuple(max(h.density, LEAST_DENSITY) for h in choices[card.name].heads)
                     for card in layers
                 ),
                 tuple(tuple(h.mode for h in choices[card.name].heads) for card in layers),

@@ -1,17 +1,26 @@
-"""Searching one layer's tile shapes on one grid: all of them once, the better ones once more."""
+"""Searching one layer on one grid: every tile shape once, the better ones once more.
+
+With each shape come densities for its scored heads, and static modes.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .candidate_shapes import candidate_shapes
+from .kernels.layout import Layout, Video
 from .kernels.plan import TileShape
+from .kernels.static_modes import StaticMode
 from .kernels.tiles import tile_table
 from .observed_call import ObservedCall
 from .row_errors import RowSample
+from .searched_modes import SearchedModes, searched_modes
+from .sidecar_schema import Grid
+from .static_candidates import stripe_of
 
 ROUNDS = 2
 """How often a shape is measured, each time on another call of the model."""
@@ -31,15 +40,33 @@ def ladder(density: float) -> tuple[float, ...]:
     return tuple(step * density for step in _STEPS if step * density < 1.0)
 
 
+@dataclass(frozen=True)
+class Option:
+    """What a head can take: a tile shape with a density, or with a static mode of that cost.
+
+    error: relative squared output error. mode: "scored", "window" or "stripe". number: which of
+    the windows or of the stripes of `searched_modes`.
+    """
+
+    shape: TileShape
+    density: float
+    error: float
+    mode: str = "scored"
+    number: int = 0
+
+
 @dataclass(eq=False)
 class LayerSearch:
     """What was measured of one layer. Every unit is one shape for all heads on one call.
 
     density: the mean that is wanted. error: by shape, (H, K) relative squared error at `ladder`'s
-    densities, summed over the rounds `taken` of it. energy: (H,) mean squared norm of the dense
-    outputs, summed over `units`. stage: rounds completed.
+    densities, summed over the rounds `taken` of it. static: by shape, (H, M) that of its
+    `searched_modes`, summed over `static_taken` of them: those whose layout has one video segment
+    alone. columns: by shape, (H, n) probability on each key tile, summed over these rounds. energy:
+    (H,) mean squared norm of the dense outputs, summed over `units`. stage: rounds completed.
     """
 
+    grid: Grid
     shapes: tuple[TileShape, ...]
     heads: int
     head_dim: int
@@ -47,6 +74,9 @@ class LayerSearch:
     score: str
     error: dict[TileShape, Tensor] = field(default_factory=dict)
     taken: dict[TileShape, int] = field(default_factory=dict)
+    static: dict[TileShape, Tensor] = field(default_factory=dict)
+    static_taken: dict[TileShape, int] = field(default_factory=dict)
+    columns: dict[TileShape, Tensor] = field(default_factory=dict)
     energy: Tensor = field(init=False)
     stage: int = 0
     units: int = 0
@@ -60,7 +90,8 @@ class LayerSearch:
     def of(cls, call: ObservedCall, tile_size: int, density: float, score: str) -> LayerSearch:
         """A search with nothing measured yet."""
         shapes = candidate_shapes(call.layout, tile_size)
-        return cls(shapes, call.layer.heads, call.layer.head_dim, density, score)
+        grid = max((video.grid for _, video in call.layout.videos), key=math.prod)
+        return cls(grid, shapes, call.layer.heads, call.layer.head_dim, density, score)
 
     @property
     def done(self) -> bool:
@@ -84,13 +115,21 @@ class LayerSearch:
         """Measure the next shape."""
         shape = self._pending[0]
         densities = ladder(self.density)
-        error, energy = sample.errors(shape, densities, self.score)
-        error, energy = error.double().cpu(), energy.double().cpu()
-        relative = error / energy.clamp(min=torch.finfo(energy.dtype).tiny)[:, None]
-        if not bool(relative.isfinite().all()):
+        alone = len(sample.call.layout.videos) == 1
+        modes, seen = self.modes(shape) if alone else None, self.columns.get(shape)
+        found = sample.errors(shape, densities, self.score, modes, seen if alone else None)
+        energy = found.energy.double().cpu()
+        floor = energy.clamp(min=torch.finfo(energy.dtype).tiny)[:, None]
+        relative, static = found.scored.double().cpu() / floor, found.static.double().cpu() / floor
+        if not bool(relative.isfinite().all() and static.isfinite().all()):
             raise FloatingPointError("attention outputs are not finite")
         self.error[shape] = self.error.get(shape, 0.0) + relative
         self.taken[shape] = self.taken.get(shape, 0) + 1
+        if alone:
+            self.static[shape] = self.static.get(shape, 0.0) + static
+            self.static_taken[shape] = self.static_taken.get(shape, 0) + 1
+            columns = found.columns.double().cpu()
+            self.columns[shape] = columns if seen is None else seen + columns
         self.energy += energy / len(sample.tokens)
         self.units += 1
         self._pending.pop(0)
@@ -98,26 +137,59 @@ class LayerSearch:
             self.stage += 1
             self._pending = [] if self.done else self._survivors()
 
-    def options(self, head: int) -> list[tuple[TileShape, float, float]]:
-        """(shape, density, relative squared error) of what a head can take: of all rounds."""
-        found = []
+    def modes(self, shape: TileShape) -> SearchedModes:
+        """The static modes that are tried under a shape."""
+        return searched_modes(self.grid, shape, self.density)
+
+    def options(self, head: int) -> list[Option]:
+        """What a head can take: of all that was measured in all rounds."""
+        found: list[Option] = []
         for shape, taken in self.taken.items():
-            if taken == ROUNDS:
-                errors = (self.error[shape][head] / taken).tolist()
-                densities = ladder(self.density)
-                found += [(shape, d, e) for d, e in zip(densities, errors, strict=True)]
-                found.append((shape, 1.0, 0.0))
+            if taken < ROUNDS:
+                continue
+            errors = (self.error[shape][head] / taken).tolist()
+            found += map(Option, [shape] * len(errors), ladder(self.density), errors)
+            found.append(Option(shape, 1.0, 0.0))
+            if self.static_taken.get(shape, 0) < ROUNDS:
+                continue
+            modes = self.modes(shape)
+            kinds = [("window", number) for number in range(len(modes.windows))]
+            kinds += [("stripe", number) for number in range(len(modes.stripes))]
+            errors = (self.static[shape][head] / taken).tolist()
+            found += [
+                Option(shape, cost, error, *kind)
+                for cost, error, kind in zip(modes.costs, errors, kinds, strict=True)
+            ]
         return found
+
+    def static_mode(self, head: int, option: Option) -> StaticMode | None:
+        """The static mode of an option of a head; None where it is scored."""
+        modes = self.modes(option.shape)
+        if option.mode == "window":
+            return modes.windows[option.number]
+        if option.mode == "stripe":
+            mass, count = self.columns[option.shape][head], modes.stripes[option.number]
+            return stripe_of(mass, Layout.of(Video(*self.grid)), option.shape, count)
+        return None
 
     def weights(self) -> list[float]:
         """(H,) each head's share of the energy of the layer's output."""
         return (self.energy / self.energy.sum().clamp(min=1e-30)).tolist()
 
     def _survivors(self) -> list[TileShape]:
-        """The shapes that err least for some head at the wanted density, in order."""
+        """The shapes that err least for some head at no more than the wanted density, in order."""
         place = len([d for d in ladder(self.density) if d < self.density * (1 - 1e-9)])
         place = min(place, len(ladder(self.density)) - 1)
-        errors = torch.stack([self.error[shape][:, place] for shape in self.shapes])
+        errors = torch.stack([self._least_error(shape, place) for shape in self.shapes])
         best = errors.topk(min(_SURVIVORS, len(self.shapes)), dim=0, largest=False).indices
         kept = set(best.flatten().tolist())
         return [shape for number, shape in enumerate(self.shapes) if number in kept]
+
+    def _least_error(self, shape: TileShape, place: int) -> Tensor:
+        """(H,) of scores at a place of the ladder, or of a static mode that costs no more."""
+        least, taken = self.error[shape][:, place] / self.taken[shape], self.static_taken.get(shape)
+        if taken is not None:
+            costs = torch.tensor(self.modes(shape).costs, dtype=torch.float64, device="cpu")
+            static = self.static[shape][:, costs <= self.density * (1 + 1e-9)] / taken
+            least = torch.cat([least[:, None], static], 1).amin(1)
+        return least

@@ -21,6 +21,7 @@ from .passes.layers import Layer
 from .passes.positions import Evidence
 from .passes.reasons import Reason, Refusal
 from .passes.verdict import Policy
+from .searched_modes import MOST_COLUMNS
 from .sidecar import LayerCard, Sidecar
 from .sidecar_weights import factors_of_rank
 from .told import Grids, running_call
@@ -66,7 +67,12 @@ class Planner:
 
     @property
     def columns(self) -> int | None:
-        """The most columns of any stripe of the sidecar; None where no head is static."""
+        """The most columns of any stripe of the sidecar; None where no head is static.
+
+        Of plans that are not known yet, or change, it is the most that they can have.
+        """
+        if self._options.sidecar == AUTO:
+            return MOST_COLUMNS
         return None if self.sidecar is None else self.sidecar.columns
 
     def factor_rank(self, head_dim: int) -> int:
@@ -172,11 +178,14 @@ class Planner:
             density = self._options.density or DEFAULT_DENSITY
             return Plan.uniform(heads, shape, density, self.score)
         main = max(grids, key=math.prod)
+        mean = self._options.density
+        if self._options.sidecar == AUTO and mean != 1.0:
+            mean = None  # it is what the plans were made for
         name = layer if layer is not None else self.sidecar.model.layers[0].name
         plan, match = self.sidecar.plan_for(
             name,
             main,
-            density=self._options.density,
+            density=mean,
             score=None if self._options.score == "auto" else self._options.score,
         )
         if not match.exact and (main, match.used) not in self._announced:

@@ -8,8 +8,8 @@ tile's share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,9 +20,31 @@ from .kernels.scores import key_features, query_features, tile_scores
 from .kernels.statistics import TileStatistics, tile_statistics
 from .kernels.tiles import TileTable, tile_table
 from .observed_call import ObservedCall
+from .searched_modes import SearchedModes
 
 _CHUNK_BYTES = 128 << 20
 """Memory for what is made of the keys and values of the heads that are measured together."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowErrors:
+    """What one tile shape shows on a sample, float32 on the call's device.
+
+    scored: (H, K) squared output error at each density. static: (H, M) that of the windows, then
+    of the stripes, of the modes that were asked for. energy: (H,) squared norm of the dense output.
+    columns: (H, n) probability that the rows put on each key tile, added up.
+    """
+
+    scored: Tensor
+    static: Tensor
+    energy: Tensor
+    columns: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable[RowErrors]) -> RowErrors:
+        """Of more heads."""
+        every = list(parts)
+        return cls(*(torch.cat([getattr(x, field.name) for x in every]) for field in fields(cls)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +82,37 @@ class RowSample:
 
     @torch.no_grad()
     def errors(
-        self, shape: TileShape, densities: Sequence[float], score: str
-    ) -> tuple[Tensor, Tensor]:
-        """(H, K) squared output error at each density, and (H,) squared norm of the dense output.
+        self,
+        shape: TileShape,
+        densities: Sequence[float],
+        score: str,
+        modes: SearchedModes | None = None,
+        columns: Tensor | None = None,
+    ) -> RowErrors:
+        """The errors of choices under a tile shape.
 
-        Float32 on the call's device. score: "closed_form" or "mean".
+        score: "closed_form" or "mean". modes: static modes to measure, where the layout has one
+        video segment. columns: (H, n) probability on each key tile in earlier samples, None where
+        there are none. A row's stripe never runs by what the row itself looks at: it is chosen by
+        `columns` and by every other row of the sample, as a plan is by what other calls show.
         """
         table = tile_table(self.call.layout, shape, self.call.q.device)
         kv_heads, _, width = self.keys.shape
         step = max(1, _CHUNK_BYTES // (8 * table.rows.numel() * width))
-        parts = [
-            self._errors(table, shape, densities, score, first, min(first + step, kv_heads))
+        tiles = table.tile_of_query[self.tokens].long()
+        if columns is None:
+            columns = tiles.new_zeros((self.call.q.shape[1], table.tiles))
+        columns = columns.to(self.keys)
+        windows = None
+        if modes is not None and modes.windows:
+            windows = modes.kept_by_windows(tiles)
+        return RowErrors.joined(
+            self._errors(
+                table, shape, densities, score, modes, windows, columns, first,
+                min(first + step, kv_heads),
+            )
             for first in range(0, kv_heads, step)
-        ]
-        return torch.cat([error for error, _ in parts]), torch.cat([energy for _, energy in parts])
+        )  # fmt: skip
 
     def _errors(
         self,
@@ -81,9 +120,12 @@ class RowSample:
         shape: TileShape,
         densities: Sequence[float],
         score: str,
+        modes: SearchedModes | None,
+        windows: Tensor | None,
+        columns: Tensor,
         first: int,
         stop: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> RowErrors:
         """`errors` of the query heads that share the KV heads from `first` to `stop`."""
         dim, repeat = self.call.q.shape[3], self.call.q.shape[1] // self.call.k.shape[1]
         kv, count, rows = stop - first, (stop - first) * repeat, len(self.tokens)
@@ -108,14 +150,26 @@ class RowSample:
         rest_part = (outside @ rest[..., dim : 2 * dim]).view(count * rows, dim)
         rest_weight = outside.sum(-1).view(count * rows, 1, 1)
 
-        kept = keep.transpose(0, 1).to(part.dtype)  # (count * R, K, n)
+        mass = weight.view(count, rows, n)
+        maps = [keep]
+        if windows is not None:
+            maps.append(windows.repeat(1, count, 1))
+        if modes is not None and modes.stripes:
+            seen = columns[first * repeat : stop * repeat]
+            odd = torch.arange(count * rows, device=tiles.device) % rows % 2
+            others = torch.stack([mass[:, 1::2].sum(1), mass[:, ::2].sum(1)], 1) + seen[:, None]
+            which = torch.arange(count, device=tiles.device).repeat_interleave(rows) * 2 + odd
+            maps.append(modes.kept_by_stripes(others.flatten(0, 1), which, tiles.repeat(count)))
+        kept = torch.cat(maps).transpose(0, 1).to(part.dtype)  # (count * R, K + M, n)
         full = part.sum(1) + rest_part
         total = kept @ part + rest_part[:, None]
         kept_weight = kept @ weight[..., None] + rest_weight
         out = torch.where(kept_weight > 0, total / kept_weight, 0.0)
         wrong = (out - full[:, None]).square().sum(-1)
         error = wrong.view(count, rows, -1).sum(1)
-        return error, full.square().sum(-1).view(count, rows).sum(1)
+        energy = full.square().sum(-1).view(count, rows).sum(1)
+        scored = len(densities)
+        return RowErrors(error[:, :scored], error[:, scored:], energy, mass.sum(1))
 
     def _scores(
         self,

@@ -11,7 +11,7 @@ from .kernels.layout import Layout
 from .kernels.plan import TileShape
 from .kernels.static_modes import StaticMode, mode_density, static_lists
 
-_MOST_DENSITY = 0.6
+MOST_DENSITY = 0.6
 """A mode that keeps more than this saves too little to be worth its error."""
 
 STRIPE_COLUMNS = (2, 4, 8, 16)
@@ -28,17 +28,17 @@ def window_candidates(layout: Layout, shape: TileShape) -> tuple[StaticMode, ...
     )
 
     def offer(mode: StaticMode) -> None:
-        if mode_density(layout, shape, mode) > _MOST_DENSITY:
+        if mode_density(layout, shape, mode) > MOST_DENSITY:
             return
         content = static_lists(layout, shape, mode).indices.numpy().tobytes()
         if content not in seen:
             seen.add(content)
             found.append(mode)
 
-    for reach in _doubling(frames * rows * columns):
+    for reach in doubling(frames * rows * columns):
         offer(StaticMode("diagonal", (reach, 0)))
-    for reach in _doubling(frames):
-        for around in _doubling(rows * columns):
+    for reach in doubling(frames):
+        for around in doubling(rows * columns):
             offer(StaticMode("multi_diagonal", (reach, around)))
     return tuple(found)
 
@@ -68,6 +68,6 @@ def stripe_of(mass: Tensor, layout: Layout, shape: TileShape, columns: int) -> S
     )
 
 
-def _doubling(end: int) -> list[int]:
+def doubling(end: int) -> list[int]:
     """0, 1, 2, 4, ... below `end`."""
     return [0, *(1 << power for power in range(max(end - 1, 0).bit_length()) if 1 << power < end)]
