@@ -23,8 +23,8 @@ from .score_training import ScoreTrainer
 from .sidecar_file import METADATA_KEY, SUFFIX, write_sidecar
 from .sidecar_schema import Grid, LayerCard
 
-VERSION = 1
-_CURVES = ("error", "kept", "best", "energy", "static_error", "tiles", "columns")
+VERSION = 2
+_CURVES = ("error", "kept", "best", "energy", "static_error", "queries", "columns")
 _COUNTERS = ("calls", "measured", "runs", "timesteps", "_studied")
 
 

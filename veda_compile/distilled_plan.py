@@ -13,7 +13,7 @@ from .keep_maps import LADDER
 from .kernels.plan import TileShape, padding
 from .kernels.static_modes import StaticMode
 from .layer_study import LayerStudy
-from .shape_curves import KINDS
+from .shape_curves import KINDS, SEARCHED_KIND
 
 POLICIES = ("mixed", "scored", "static")
 """mixed: scored heads and static modes, whichever errs less for its cost. scored: no static modes.
@@ -98,9 +98,10 @@ def choose_heads(
 
 def head_weights(study: LayerStudy) -> Tensor:
     """(H,) each head's share of the energy of the layer's output, adding up to 1."""
-    energy = torch.zeros(study.heads, dtype=torch.float64, device="cpu")
-    for curve in study.curves.values():
-        energy += curve.energy[:, KINDS.index("oracle")].sum(0) / curve.tiles.sum().clamp(min=1)
+    place = KINDS.index(SEARCHED_KIND)
+    energy = torch.stack([curve.energy[:, place].sum(0) for curve in study.curves.values()]).sum(0)
+    queries = torch.stack([curve.queries.sum(0) for curve in study.curves.values()]).sum(0)
+    energy = energy / queries.clamp(min=1)
     return energy / energy.sum().clamp(min=1e-30)
 
 

@@ -36,7 +36,7 @@ class StudyOptions:
     density: mean density wanted. policy: "mixed", "scored" or "static", see `choose_heads`.
     tile_size: 64 or 128; None is by length. share: of the model's calls that are measured.
     search_calls: per layer and grid; after search_all_calls of them only promising shapes.
-    search_tokens, study_tokens: query tiles a call.
+    search_tokens: queries a call. study_tokens: query tiles a call.
     train: whether scores are trained. training_steps: after each studied call.
     lesson_bytes: memory for what training repeats. seed: of the samples.
     """
@@ -47,7 +47,7 @@ class StudyOptions:
     share: float = 0.34
     search_calls: int = 12
     search_all_calls: int = 4
-    search_tokens: int = 4
+    search_tokens: int = 64
     study_tokens: int = 8
     train: bool = True
     training_steps: int = 2
@@ -161,13 +161,15 @@ class Distiller:
             self._train(call, study, shapes, tokens)
 
     def _tokens(self, layout: Layout, count: int) -> Tensor:
-        """(count,) queries of the video, spread evenly from a random start, others each time."""
+        """(count,) queries of the video, one at random in each of as many parts, others each time.
+
+        At equal steps they would stand in few columns of the grid.
+        """
         rows = torch.cat(
             [torch.arange(at, at + video.length) for at, video in _query_places(layout)]
         )
         generator = torch.Generator().manual_seed(self.options.seed + 7919 * self.calls)
-        start = torch.rand((), generator=generator)
-        places = (torch.arange(count) + start) / count * len(rows)
+        places = (torch.arange(count) + torch.rand(count, generator=generator)) / count * len(rows)
         return rows[places.long().clamp(max=len(rows) - 1)]
 
     def _train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from .kernels.scores import key_features, query_features, tile_scores
 from .kernels.statistics import TileStatistics, tile_statistics
 from .kernels.tiles import tile_table
 from .observed_call import ObservedCall
+from .row_errors import RowSample
 from .score_training import Lesson
 from .second_order import SpreadMoments
-from .shape_curves import ShapeCurves
+from .shape_curves import SEARCHED_KIND, ShapeCurves
 from .tile_sample import TileSample, tile_samples
 
 _PROMISING = 1.5
@@ -26,6 +27,12 @@ _PROMISING = 1.5
 
 _SMALL = 1e-4
 """Relative squared errors below this are all alike."""
+
+_SEARCHED_TILES = 4
+"""Query tiles that a search of a layout with several video segments measures in a call."""
+
+_SAMPLE_BYTES = 64 << 20
+"""Memory for the probabilities of the queries searched at once, their keys and values beside."""
 
 FACTOR_RANK = 8
 """Rank of the factorised second-order term, at most head_dim."""
@@ -66,20 +73,46 @@ class LayerStudy:
 
     def promising(self, shapes: Sequence[TileShape], density: float) -> tuple[TileShape, ...]:
         """Those of `shapes` that err little more than the best, for at least one head."""
-        rung = min(range(len(LADDER)), key=lambda place: abs(LADDER[place] - density))
-        error = torch.stack(
-            [self.curve(shape).relative("fit", "closed_form")[:, rung] for shape in shapes]
-        )
+        error = torch.stack([self.curve(shape).least_error(density) for shape in shapes])
         good = (error <= _PROMISING * error.amin(0) + _SMALL).any(1)
         return tuple(shape for shape, is_good in zip(shapes, good.tolist(), strict=True) if is_good)
 
     @torch.no_grad()
     def search(self, call: ObservedCall, shapes: Sequence[TileShape], tokens: Tensor) -> None:
-        """Measure every head under every shape, on the query tiles that hold `tokens`."""
-        for shape in shapes:
-            plan = Plan.uniform(self.heads, shape, 1.0)
-            self._measure(call, plan, shape, list(range(self.heads)), tokens, "fit")
+        """Measure every head under every shape, on the queries `tokens` of one batch element.
+
+        With several video segments on the query tiles that hold the first few of them, all rows.
+        """
+        if len(self.layout.videos) == 1:
+            self._search_queries(call, shapes, tokens)
+        else:
+            few = tokens[:: max(1, len(tokens) // _SEARCHED_TILES)]
+            for shape in shapes:
+                plan = Plan.uniform(self.heads, shape, 1.0)
+                self._measure(call, plan, shape, list(range(self.heads)), few, "fit")
         self.searched += 1
+
+    def _search_queries(
+        self, call: ObservedCall, shapes: Sequence[TileShape], tokens: Tensor
+    ) -> None:
+        batch = self.searched % call.q.shape[0]
+        one = slice(batch, batch + 1)
+        kv_heads, repeat = call.k.shape[1], call.q.shape[1] // call.k.shape[1]
+        width = 2 * self.head_dim + repeat * len(tokens)
+        step = max(1, _SAMPLE_BYTES // (4 * call.k.shape[2] * width))
+        for first in range(0, kv_heads, step):
+            kv = slice(first, min(first + step, kv_heads))
+            heads = slice(kv.start * repeat, kv.stop * repeat)
+            valid = None if call.key_valid is None else call.key_valid[one]
+            part = replace(
+                call, q=call.q[one, heads], k=call.k[one, kv], v=call.v[one, kv], key_valid=valid
+            )
+            sample = RowSample.of(part, 0, tokens)
+            for shape in shapes:
+                curve = self.curve(shape)
+                modes, seen = curve.searched_modes, curve.columns[heads]
+                found = sample.errors(shape, LADDER, SEARCHED_KIND, modes, seen)
+                curve.add_queries(heads, found, len(tokens))
 
     @torch.no_grad()
     def study(

@@ -10,14 +10,19 @@ from torch import Tensor
 
 from .keep_maps import LADDER, keep_maps
 from .kernels.layout import Layout
-from .kernels.plan import TileShape
+from .kernels.plan import TileShape, padding
 from .kernels.static_modes import StaticMode, mode_density, static_lists
 from .kernels.tiles import tile_table
+from .row_errors import RowErrors
+from .searched_modes import SearchedModes
 from .static_candidates import STRIPE_COLUMNS, stripe_of, window_candidates
 from .tile_sample import TileSample
 
 KINDS = ("oracle", "closed_form", "mean", "factors", "projection")
 """Scores whose error is measured. oracle: the true mass, which no score can beat by much."""
+
+SEARCHED_KIND = "closed_form"
+"""The score that shapes are chosen by; every sample measures it."""
 
 SPLITS = ("fit", "held_out")
 """What is learned from, and what it is judged by."""
@@ -29,9 +34,9 @@ class ShapeCurves:
 
     error: (splits, kinds, H, K) squared output error at `LADDER`'s densities. kept, best: the same
     for the mass kept, and for what the oracle keeps of the same samples. energy: (splits, kinds, H)
-    squared norm of the dense output of those samples: not all kinds are measured in every call.
-    static_error: (splits, H, M) of the static modes: `windows`, then a stripe of each of
-    `STRIPE_COLUMNS`. tiles: (splits,) query tiles sampled of each head. columns: (H, n) mass on
+    squared norm of the dense output of those samples: not all kinds are measured in every call, but
+    the closed form is. static_error: (splits, H, M) of the static modes: `windows`, then a stripe
+    of each of `STRIPE_COLUMNS`. queries: (splits, H) how many were sampled. columns: (H, n) mass on
     each key tile, "fit" alone.
     """
 
@@ -43,7 +48,7 @@ class ShapeCurves:
     best: Tensor = field(init=False)
     energy: Tensor = field(init=False)
     static_error: Tensor = field(init=False)
-    tiles: Tensor = field(init=False)
+    queries: Tensor = field(init=False)
     columns: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +64,7 @@ class ShapeCurves:
         self.best = sums(splits, len(KINDS), self.heads, rungs)
         self.energy = sums(splits, len(KINDS), self.heads)
         self.static_error = sums(splits, self.heads, modes)
-        self.tiles = sums(splits)
+        self.queries = sums(splits, self.heads)
         self.columns = sums(self.heads, tiles)
 
     @property
@@ -90,15 +95,54 @@ class ShapeCurves:
             self.best[at, row, head] += kept[0]  # the oracle's
             self.energy[at, row, head] += energy
         self.static_error[at, head] += errors[len(maps) * rungs :]
-        if head == 0:
-            self.tiles[at] += len(sample.tiles)
+        self.queries[at, head] += int(sample.real.sum())
         if split == "fit":
             self.columns[head] += mass.sum(0).double().cpu()
+
+    def add_queries(self, heads: slice, found: RowErrors, count: int) -> None:
+        """Add what `count` single queries of some heads showed: closed form and `searched_modes`.
+
+        They count as split "fit".
+        """
+        at, row = SPLITS.index("fit"), KINDS.index(SEARCHED_KIND)
+        self.error[at, row, heads] += found.scored.double().cpu()
+        self.energy[at, row, heads] += found.energy.double().cpu()
+        static = found.static.double().cpu()
+        self.static_error[at, heads, : static.shape[1]] += static
+        self.queries[at, heads] += count
+        self.columns[heads] += found.columns.double().cpu()
+
+    @property
+    def searched_modes(self) -> SearchedModes:
+        """The static modes as `RowSample` measures them; of a layout with one video segment."""
+        ((_, video),) = self.layout.videos
+        _, rows, columns = (
+            -(-side // step) for side, step in zip(video.grid, self.shape, strict=True)
+        )
+        tiles = self.columns.shape[1]
+        stripes = tuple(count for count in STRIPE_COLUMNS if count <= tiles // 2)
+        return SearchedModes(tiles, rows * columns, self.windows, stripes, ())
 
     def relative(self, split: str, kind: str) -> Tensor:
         """(H, K) relative squared error at `LADDER`'s densities; NaN where nothing was measured."""
         place = (SPLITS.index(split), KINDS.index(kind))
         return self.error[place] / self.energy[place][:, None]
+
+    def least_error(self, density: float) -> Tensor:
+        """(H,) relative squared error on "fit" of the score or the static mode that errs least.
+
+        At the density of `LADDER` nearest to `density`, and at no more than that.
+        """
+        rung = min(range(len(LADDER)), key=lambda place: abs(LADDER[place] - density))
+        scored = self.relative("fit", SEARCHED_KIND)[:, rung]
+        static = self.static_relative("fit")
+        costs = [
+            [1.0 if mode is None else mode[1] for mode in self.modes(head)]
+            for head in range(self.heads)
+        ]
+        padded = padding(self.layout, self.shape) ** 2
+        dear = torch.tensor(costs, device="cpu") * padded > density
+        return torch.minimum(scored, static.masked_fill(dear, torch.inf).amin(1))
 
     def retained(self, split: str, kind: str) -> Tensor:
         """(H, K) mass kept as a share of what the oracle keeps; NaN where nothing was measured."""
@@ -108,7 +152,7 @@ class ShapeCurves:
     def static_relative(self, split: str) -> Tensor:
         """(H, M) relative squared error of the static modes of `modes`; NaN where unmeasured."""
         at = SPLITS.index(split)
-        return self.static_error[at] / self.energy[at, KINDS.index("oracle")][:, None]
+        return self.static_error[at] / self.energy[at, KINDS.index(SEARCHED_KIND)][:, None]
 
     def modes(self, head: int) -> list[tuple[StaticMode, float] | None]:
         """(mode, share of tile pairs it keeps) in `static_error`'s order; None where there is none.
