@@ -44,12 +44,12 @@ def with_random_norms(model: nn.Module, seed: int) -> Any:
     return model.eval()
 
 
-def wan(layers: int = 3, seed: int = 0, heads: int = 2) -> Any:
+def wan(layers: int = 3, seed: int = 0, heads: int = 2, head_dim: int = 24) -> Any:
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
-        attention_head_dim=24,
+        attention_head_dim=head_dim,
         in_channels=4,
         out_channels=4,
         text_dim=16,

@@ -13,10 +13,16 @@ from .rule import Site
 from .splits import Split
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SIZE = (16, 32, 32)
-"""Frames, height and width in pixels."""
+Size = tuple[int, int, int]
+"""Frames, height and width in pixels; height and width even."""
+SIZE: Size = (16, 32, 32)
 GRID = (16, 16, 16)
 """Tokens: the model's patch is (1, 2, 2)."""
+
+
+def grid_of(size: Size) -> tuple[int, int, int]:
+    """The tokens (T, H, W) of clips of a size."""
+    return (size[0], size[1] // 2, size[2] // 2)
 
 
 def reference_model() -> Any:
@@ -27,15 +33,16 @@ def reference_model() -> Any:
     return load_reference_model()
 
 
-def record(model: Any, split: Split, count: int) -> Iterator[list[Site]]:
+def record(model: Any, split: Split, count: int, size: Size = SIZE) -> Iterator[list[Site]]:
     """The sites of every layer for each of `count` probes of a split: noised clips of the data."""
+    grid = grid_of(size)
     _import_examples()
     from _demo_attention import record_attention
     from dataset import class_embeddings, make_clips
 
     for label, level, seed in split.probes(count):
         labels = torch.tensor([label])
-        clip = make_clips(labels, SIZE, seed)
+        clip = make_clips(labels, size, seed)
         noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed))
         inputs = {
             "hidden_states": (1 - level) * clip + level * noise,
@@ -44,14 +51,12 @@ def record(model: Any, split: Split, count: int) -> Iterator[list[Site]]:
             "return_dict": False,
         }
         yield [
-            Site(q.contiguous(), k.contiguous(), v.contiguous(), GRID, layer)
+            Site(q.contiguous(), k.contiguous(), v.contiguous(), grid, layer)
             for layer, (q, k, v) in enumerate(record_attention(model, inputs))
         ]
 
 
-def sample(
-    model: Any, label: int, size: tuple[int, int, int], steps: int, seed: int
-) -> torch.Tensor:
+def sample(model: Any, label: int, size: Size, steps: int, seed: int) -> torch.Tensor:
     """(1, 3, T, H, W): one clip, without guidance."""
     _import_examples()
     from sampling import sample as sampled

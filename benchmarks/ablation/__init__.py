@@ -1,0 +1,1 @@
+"""Whether each part of distillation earns its place: `python -m benchmarks.ablation`."""
