@@ -150,7 +150,7 @@ def test_the_nearest_grid_is_announced_once_and_used(
     ]
     path = tmp_path / "both.veda.safetensors"
     Sidecar(made[0].model, made[0].plans + made[1].plans, "closed_form", 64).save(path)
-    asked: Grid = (3, 14, 10)
+    asked: Grid = (4, 24, 16)
     wanted = by_hand(model, dict(zip(LAYERS, tall, strict=True)), asked)
     call = regional(model, sidecar=str(path))
     for _ in range(2):

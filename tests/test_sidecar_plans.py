@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from sidecar_samples import FIRST, GRID, WIDE, small_sidecar
 
 from veda_compile.errors import SidecarError
+from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.plan import least_padding_shape, padding
+from veda_compile.kernels.static_modes import StaticMode, mode_density
+from veda_compile.sidecar import GridPlan, LayerCard, ModelCard, Sidecar
 from veda_compile.sidecar_lookup import GridMatch, density_factor, nearest_grid
 
 
@@ -122,3 +126,30 @@ def test_without_a_density_nothing_is_rescaled() -> None:
 def test_density_factor_meets_the_mean(densities: list[float], mean: float) -> None:
     factor = density_factor(densities, mean)
     assert fmean(min(1.0, factor * value) for value in densities) == pytest.approx(mean, rel=1e-9)
+
+
+def test_tiles_that_do_not_fit_an_unknown_grid_are_replaced() -> None:
+    """(4, 4, 4) boxes fit 4 x 8 x 24 and pad 5 frames of 7 x 7 to four times the tokens."""
+    shapes, modes = ((4, 4, 4), (1, 8, 8)), (StaticMode("diagonal", (1, 0)),) * 2
+    plan = GridPlan((4, 8, 24), (shapes,), ((0.3, 0.2),), (modes,))
+    made = Sidecar(ModelCard("Model", (LayerCard("a", 2, 16),)), (plan,), "closed_form", 64)
+    exact, match = made.plan_for("a", (4, 8, 24))
+    assert match.exact and (exact.tile_shapes, exact.modes) == (shapes, modes)
+    found, match = made.plan_for("a", (5, 7, 7))
+    layout = Layout.of(Video(5, 7, 7))
+    assert not match.exact
+    assert found.tile_shapes == (least_padding_shape(layout, 64), (1, 8, 8))
+    assert found.modes == (None, modes[1]) and found.density == (0.3, 0.2)
+
+
+def test_static_heads_count_what_their_padding_costs() -> None:
+    """So that all heads keep the density asked for, as shares of a grid without padding."""
+    grid, shape = (5, 9, 13), (2, 4, 8)
+    mode = StaticMode("diagonal", (1, 0))
+    plan = GridPlan(grid, ((shape, shape),), ((0.3, 0.3),), ((None, mode),))
+    made = Sidecar(ModelCard("Model", (LayerCard("a", 2, 16),)), (plan,), "closed_form", 64)
+    found, _ = made.plan_for("a", grid, density=0.4)
+    layout = Layout.of(Video(*grid))
+    static = mode_density(layout, shape, mode) * padding(layout, shape) ** 2
+    assert padding(layout, shape) > 1.2
+    assert (found.density[0] + static) / 2 == pytest.approx(0.4)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from veda_compile.cli import app
 from veda_compile.errors import SidecarError
 from veda_compile.kernels.layout import Layout, Video
+from veda_compile.kernels.plan import padding
 from veda_compile.kernels.static_modes import StaticMode, mode_density
 from veda_compile.sidecar import GridPlan, Sidecar
 
@@ -82,9 +83,15 @@ def test_plans_of_the_right_layer_and_grid() -> None:
     assert made.plan_for("blocks.1.attn1", GRID, score="mean")[0].factors is None
 
 
+def static_cost(grid: tuple[int, int, int], shape: tuple[int, int, int]) -> float:
+    """What a diagonal head keeps, as a share of the tile pairs of a grid without padding."""
+    layout = Layout.of(Video(*grid))
+    return mode_density(layout, shape, DIAGONAL) * padding(layout, shape) ** 2
+
+
 def test_another_density_leaves_static_heads_and_meets_the_mean() -> None:
     made = mixed_sidecar()
-    static = mode_density(Layout.of(Video(*GRID)), (1, 8, 16), DIAGONAL)
+    static = static_cost(GRID, (1, 8, 16))
     plans = [made.plan_for(card.name, GRID, density=0.4)[0] for card in made.model.layers]
     values = [*plans[0].density, *plans[1].density]
     assert plans[0].modes == (None, DIAGONAL, None)
@@ -95,7 +102,7 @@ def test_another_density_leaves_static_heads_and_meets_the_mean() -> None:
     other = (5, 16, 40)
     found = [made.plan_for(card.name, other, density=0.4)[0] for card in made.model.layers]
     values = [*found[0].density, *found[1].density]
-    values[1] = mode_density(Layout.of(Video(*other)), (1, 8, 16), DIAGONAL)
+    values[1] = static_cost(other, (1, 8, 16))
     assert values[1] != static and fmean(values) == pytest.approx(0.4)
 
 
@@ -108,7 +115,7 @@ def test_a_density_that_static_heads_forbid_is_refused() -> None:
     made = mixed_sidecar()
     full = dataclasses.replace(made.plans[0], modes=((FULL, FULL, None), None))
     half = dataclasses.replace(made, plans=(full,))
-    with pytest.raises(SidecarError, match=r"0\.3 cannot be met .* 2 of 6 heads .* above 0\.3333"):
+    with pytest.raises(SidecarError, match=r"0\.3 cannot be met .* 2 of 6 heads .* above 0\.5363"):
         half.plan_for(FIRST, GRID, density=0.3)
     skip = dataclasses.replace(made.plans[0], modes=((SKIP, SKIP, None), None))
     half = dataclasses.replace(made, plans=(skip,))
@@ -122,10 +129,12 @@ def test_a_density_that_static_heads_forbid_is_refused() -> None:
 
 def test_static_heads_alone_are_taken_where_they_all_but_keep_the_density() -> None:
     made = mixed_sidecar()
-    everyone = dataclasses.replace(made.plans[0], modes=((SKIP,) * 3, (DIAGONAL,) * 3))
+    shapes = made.plans[0].tile_shapes[0]
+    everyone = dataclasses.replace(
+        made.plans[0], tile_shapes=(shapes,) * 2, modes=((SKIP,) * 3, (DIAGONAL,) * 3)
+    )
     static = dataclasses.replace(made, plans=(everyone,))
-    shapes = everyone.tile_shapes[1]
-    kept = sum(mode_density(Layout.of(Video(*GRID)), s, DIAGONAL) for s in shapes) / 6
+    kept = sum(static_cost(GRID, shape) for shape in shapes) / 6
     for density in (kept, 1.03 * kept):
         plan, _ = static.plan_for(FIRST, GRID, density=density)
         assert plan.modes == (SKIP,) * 3

@@ -16,7 +16,7 @@ from .kernels.plan import Plan, TileShape
 from .options import DEFAULT_DENSITY, TILE_SIZES
 from .sidecar_document import Header, checked_score, document_of, tensors_of
 from .sidecar_file import open_sidecar, write_sidecar
-from .sidecar_lookup import GridMatch, nearest_grid, scored_factor
+from .sidecar_lookup import GridMatch, fitted_plan, nearest_grid, scored_factor
 from .sidecar_schema import (
     Grid,
     GridPlan,
@@ -181,8 +181,8 @@ class Sidecar:
     ) -> tuple[Plan, GridMatch]:
         """The plan of one layer for a token grid, and which grid's plan it is.
 
-        The exact grid if there is a plan for it, else the nearest (`nearest_grid`); the caller
-        announces a match that is not exact.
+        The exact grid if there is a plan for it, else the nearest (`nearest_grid`), its tiles
+        replaced where they do not fit (`fitted_plan`); the caller announces such a match.
         density: the mean density wanted over all heads of all layers. Every scored head's own
             density is multiplied by one factor; heads that reach 1 stop there and the others take
             their rest in proportion, so the mean is met and the ratios between layers and heads
@@ -202,6 +202,8 @@ class Sidecar:
             )
         match = nearest_grid(checked_grid(grid, "grid"), self.grids)
         plan = next(plan for plan in self.plans if plan.grid == match.used)
+        if not match.exact:
+            plan = fitted_plan(plan, grid)
         budgets, modes = plan.density[index], plan.modes_of(index)
         if density is not None:
             mean = checked_density(density, "density")

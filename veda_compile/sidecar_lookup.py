@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from .candidate_shapes import MOST_PADDING
 from .errors import SidecarError
 from .kernels.layout import Layout, Video
+from .kernels.plan import least_padding_shape, padding
 from .kernels.static_modes import mode_density
 from .sidecar_schema import Grid, GridPlan
 
@@ -67,11 +69,33 @@ def density_factor(densities: Sequence[float], mean: float) -> float:
     return factor
 
 
+def fitted_plan(plan: GridPlan, grid: Grid) -> GridPlan:
+    """A plan made for another grid, with what does not fit `grid` replaced.
+
+    Where a head's tiles would pad more than any candidate may (`MOST_PADDING`), the shape that pads
+    least takes their place, scored: a static mode is a rule over the tiles it was measured with.
+    """
+    layout = Layout.of(Video(*grid))
+    shapes, modes = [], []
+    for index, of_layer in enumerate(plan.tile_shapes):
+        fit = [padding(layout, shape) <= MOST_PADDING for shape in of_layer]
+        static = plan.modes_of(index) or (None,) * len(of_layer)
+        shapes.append(
+            tuple(
+                shape if fits else least_padding_shape(layout, math.prod(shape))
+                for shape, fits in zip(of_layer, fit, strict=True)
+            )
+        )
+        modes.append(tuple(m if fits else None for m, fits in zip(static, fit, strict=True)))
+    return replace(plan, tile_shapes=tuple(shapes), modes=tuple(modes))
+
+
 def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
     """What to multiply the densities of scored heads by, so that all heads keep `mean` on average.
 
     Heads of all layers count: scored ones with their density, which stops at 1, static ones with
-    what their mode keeps on `grid`, which stays. Static heads alone are as near to the mean as
+    what their mode keeps on `grid`, which stays; both as shares of the tile pairs of a grid without
+    padding. Static heads alone are as near to the mean as
     whole tiles allow: they are taken as they are up to `_STATIC_SLACK` below it. Raises
     SidecarError where they keep too much or too little for the mean to be met.
     """
@@ -84,7 +108,8 @@ def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
             if mode is None:
                 scored.append(value)
             else:
-                kept.append(mode_density(layout, shape, mode))
+                # a shape that pads has more tiles, so that a share of its pairs is more work
+                kept.append(mode_density(layout, shape, mode) * padding(layout, shape) ** 2)
     heads = len(scored) + len(kept)
     least, most = sum(kept) / heads, (sum(kept) + len(scored)) / heads
     if not kept:
