@@ -104,7 +104,7 @@ def compile_cost(layers: int) -> Cost:
     found: list[Cost] = []
 
     def visit(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        options = {"min_tokens": 0, "executor": "reference"}
+        options = {"min_tokens": 0, "sidecar": None, "executor": "reference"}
         copied, owned = timed(lambda: own_copy(gm), RUNS)
         policy = Planner(Options(min_tokens=0, executor="reference")).policy()
         analysed, findings = timed(lambda: analyse(owned, example_inputs, policy), RUNS)

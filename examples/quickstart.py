@@ -82,11 +82,13 @@ def main(
         size, steps, clips, seed, GUIDANCE, on,
         torch.bfloat16 if on.type == "cuda" else torch.float32,
     )  # fmt: skip
-    options: dict[str, Any] = {"inner": inner, "density": density}
     if sidecar == "auto":
         sidecar = str(SIDECAR) if model == WEIGHTS else "none"
-    if sidecar != "none":
-        options["sidecar"] = sidecar
+    options: dict[str, Any] = {
+        "inner": inner,
+        "density": density,
+        "sidecar": None if sidecar == "none" else sidecar,
+    }
     console = Console(quiet=as_json)
     if not console.is_terminal:
         console.width = WIDTH_OF_FILES

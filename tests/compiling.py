@@ -22,7 +22,7 @@ from veda_compile.kernels.executors import execute
 from veda_compile.report import SiteRecord
 
 GRID = (5, 6, 10)
-QUICK = {"min_tokens": 0, "inner": "eager"}
+QUICK = {"min_tokens": 0, "sidecar": None, "inner": "eager"}
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "full cpu": {**QUICK, "density": 1.0, "executor": "cpu"},

@@ -30,7 +30,12 @@ TEXT = 12
 EXACT = 2e-5
 """Largest difference between a compiled model and the same sparse attention without compiling."""
 
-QUICK: dict[str, Any] = {"min_tokens": 0, "executor": "reference", "inner": "eager"}
+QUICK: dict[str, Any] = {
+    "min_tokens": 0,
+    "sidecar": None,
+    "executor": "reference",
+    "inner": "eager",
+}
 """Options that compile without Inductor and run what the method defines."""
 
 

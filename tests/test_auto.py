@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from auto_runs import (
+    AUTO,
     GRID,
     LARGER,
     LAYERS,
@@ -177,3 +178,16 @@ def test_a_grid_that_changes_while_calibrating() -> None:
     assert states() == {"sparse (calibrated now)"}
     for grid in (GRID, LARGER):
         assert distance(call(model, 9, grid), planned(wan(), 9, grid)) <= EXACT
+
+
+def test_it_is_the_default_where_layers_can_be_calibrated() -> None:
+    """A model's first calls are measured; density 1.0 and CUDA graphs leave nothing to measure."""
+    model = wan()
+    options = {name: value for name, value in AUTO.items() if name != "sidecar"}
+    fn = torch.compile(model, backend="veda", options=options)
+    call(fn, 0)
+    assert states() == {"calibrating"}
+    for other in ({"density": 1.0}, {"inner": "inductor", "mode": "reduce-overhead"}):
+        forget()
+        call(torch.compile(model, backend="veda", options={**options, **other}), 0)
+        assert states() == {None}

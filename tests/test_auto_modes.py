@@ -115,9 +115,10 @@ def test_planted_windows_and_stripes_are_found_and_run(caplog: pytest.LogCapture
 
 @pytest.mark.usefixtures("fresh_compiler", "apart")
 def test_all_is_kept_where_all_is_wanted() -> None:
+    """Nothing is calibrated for it."""
     model = compiled(looking(), density=1.0)
-    settle(model)
     assert distance(model(latents(20)), looking()(latents(20))) <= EXACT
+    assert states() == {None} and not [*cached_files()]
 
 
 @pytest.mark.usefixtures("fresh_compiler", "apart")

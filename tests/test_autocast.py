@@ -34,7 +34,13 @@ def test_autocast_keeps_dtype_and_values(written_out: bool) -> None:
     torch.manual_seed(0)
     model = MixedBlock(written_out).eval()
     x = torch.randn(1, 4, GRID[0], 2 * GRID[1], 2 * GRID[2])
-    options = {"density": 1.0, "min_tokens": 0, "executor": "reference", "inner": "eager"}
+    options = {
+        "density": 1.0,
+        "min_tokens": 0,
+        "sidecar": None,
+        "executor": "reference",
+        "inner": "eager",
+    }
     veda_compile.reset_report()
     torch._dynamo.reset()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -64,7 +70,9 @@ def test_values_of_another_width_stay_dense() -> None:
     veda_compile.reset_report()
     torch._dynamo.reset()
     with torch.no_grad():
-        out = torch.compile(model, backend="veda", options={"min_tokens": 0, "inner": "eager"})(x)
+        out = torch.compile(
+            model, backend="veda", options={"min_tokens": 0, "sidecar": None, "inner": "eager"}
+        )(x)
         torch.testing.assert_close(out, model(x), atol=0, rtol=0)
     (site,) = veda_compile.report().sites
     assert site.reason == "PLAIN_SOFTMAX"

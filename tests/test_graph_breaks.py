@@ -72,7 +72,7 @@ def test_the_grid_is_that_of_every_call(inner: str, dynamic: bool | None) -> Non
         model,
         backend="veda",
         dynamic=dynamic,
-        options={"min_tokens": 0, "density": 1.0, "inner": inner},
+        options={"min_tokens": 0, "sidecar": None, "density": 1.0, "inner": inner},
     )
     for grid in GRIDS:
         x = latent(grid)

@@ -18,7 +18,7 @@ from veda_compile.options import Options, tile_size_for
 def test_defaults() -> None:
     assert Options.from_dict() == Options.from_dict({}) == Options()
     options = Options()
-    assert options.sidecar is None and options.density is None
+    assert options.sidecar == "auto" and options.density is None
     assert options.tile_size is None and options.grid is None and options.mode is None
     assert (options.score, options.executor, options.min_tokens) == ("auto", "auto", "auto")
     assert (options.dense_layers, options.strict, options.inner) == ((), False, "inductor")

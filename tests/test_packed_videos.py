@@ -197,7 +197,7 @@ def test_samples_of_equal_grids_whose_sizes_may_come_apart(
     """Unless equal sizes share a symbol, one graph serves samples of unequal grids."""
     fn = torch.compile(
         model, backend="veda", dynamic=True,
-        options={"min_tokens": 0, "density": 0.3, "inner": "eager"},
+        options={"min_tokens": 0, "sidecar": None, "density": 0.3, "inner": "eager"},
     )  # fmt: skip
     with symbols.patch(use_duck_shape=shared), torch.no_grad(), sparse_calls() as calls:
         fn(*both(model, FIRST, FIRST))

@@ -53,7 +53,13 @@ class Trial:
         torch._dynamo.reset()
         veda_compile.reset_report()
         model = self.model()
-        chosen = {"min_tokens": 0, "inner": "eager", "density": 1.0, **self.options}
+        chosen = {
+            "min_tokens": 0,
+            "sidecar": None,
+            "inner": "eager",
+            "density": 1.0,
+            **self.options,
+        }
         fn = model
         if self.blocks is None:
             fn = torch.compile(model, backend="veda", dynamic=self.dynamic, options=chosen)

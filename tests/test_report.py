@@ -245,7 +245,7 @@ def attention(x):
     heads = x.flatten(2).transpose(1, 2)[:, None]
     return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
 x = torch.randn(1, 16, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-quick = {"min_tokens": 0, "inner": "eager"}
+quick = {"min_tokens": 0, "sidecar": None, "inner": "eager"}
 found = torch.compile(attention, backend="veda", options={**quick, "density": 0.3,
                       "executor": "reference"})(x)
 assert (found - attention(x)).abs().max() > 1e-3

@@ -182,7 +182,7 @@ class Blanked(Model):
 
 def test_other_sizes_in_one_graph() -> None:
     blanked = Blanked(one_by_one).eval().requires_grad_(False)
-    options = {"min_tokens": 0, "inner": "eager", "density": 1.0}
+    options = {"min_tokens": 0, "sidecar": None, "inner": "eager", "density": 1.0}
     fn = torch.compile(blanked, backend="veda", dynamic=True, options=options)
     for grid, text, valid in (((3, 5, 6), 9, 5), ((5, 6, 2), 11, 0), ((2, 7, 3), 5, 5)):
         x = inputs((valid, 1), text=text, grid=grid)

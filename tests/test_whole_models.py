@@ -47,7 +47,8 @@ def test_blocks_that_share_a_graph_follow_the_grid_of_every_call() -> None:
     model, _ = entry("wan t2v").make(GRIDS[0])
     dense, _ = entry("wan t2v").make(GRIDS[0])
     model.compile_repeated_blocks(
-        backend="veda", options={"min_tokens": 0, "density": 1.0, "inner": "inductor"}
+        backend="veda",
+        options={"min_tokens": 0, "sidecar": None, "density": 1.0, "inner": "inductor"},
     )
     with torch.no_grad():
         for grid in GRIDS[:2]:  # equally long: nothing recompiles

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .backend import Members, accepted_sites, compile_rewritten
 from .binding import Bound, LayerMark
@@ -27,7 +27,7 @@ from .inner import Compiled, compile_inner, fake_input
 from .kernels.observe_op import idle_ticket, receiving
 from .kernels.plan import Plan
 from .layer_names import SiteName, graph_parameters
-from .model_search import find_model, model_of_this_call
+from .model_search import model_of_this_call
 from .observed_graph import ObservedGraph
 from .options import Options
 from .passes.analyse import Finding
@@ -46,6 +46,7 @@ _KEPT_CALLS = 4_096
 
 def compile_auto(
     gm: fx.GraphModule,
+    model: nn.Module,
     owned: fx.GraphModule,
     example_inputs: Sequence[Any],
     findings: Sequence[Finding],
@@ -56,18 +57,11 @@ def compile_auto(
 ) -> Compiled:
     """Compile a graph with sites to rewrite.
 
-    gm: Dynamo's graph. owned: the copy that `findings` are of. record: of this graph. Calls raise
-    what those of backend "veda" do.
+    gm: Dynamo's graph. model: whose it is. owned: the copy that `findings` are of. record: of this
+    graph. Calls raise what those of backend "veda" do.
     """
     accepted = accepted_sites(findings, record)
-    search = find_model(gm)
-    if search is None:
-        logger.warning(
-            "option sidecar='auto' has no effect on graph %s: it belongs to no model; compile the "
-            "model itself, not a function around it", record.compile_id,
-        )  # fmt: skip
-        return compile_rewritten(owned, example_inputs, accepted, planner, options, earlier)
-    calibration = CALIBRATIONS.of(search.model, options)
+    calibration = CALIBRATIONS.of(model, options)
     parameters = graph_parameters(owned)
     owner = Owner(calibration, parameters, options)
     dense = None

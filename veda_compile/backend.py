@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from .binding import Binder, Bound, LayerMark
+from .calibrated_model import model_to_calibrate
 from .dense_steps import REMEDY, StepInput, add_dense_steps
 from .earlier_graphs import EarlierGraphs, EarlierGrids, analyse_after
 from .graph_records import graph_record, note_use, require_sparse
@@ -51,6 +53,9 @@ def veda(
     options={"strict": True}, StrictError.
     """
     chosen = Options.from_dict(options, mode)
+    model = model_to_calibrate(gm, chosen)
+    if chosen.sidecar == AUTO and model is None:
+        chosen = replace(chosen, sidecar=None)
     planner = Planner(chosen)
     owned = own_copy(gm)
     findings, earlier = analyse_after(gm, owned, example_inputs, planner.policy)
@@ -61,11 +66,11 @@ def veda(
     _warn_unmatched(findings, chosen, record.compile_id)
     if chosen.strict:
         require_sparse(record)
-    if chosen.sidecar == AUTO and any(site.rewritten for site in record.sites):
+    if model is not None and any(site.rewritten for site in record.sites):
         from .auto_backend import compile_auto  # which builds on this module
 
         compiled = compile_auto(
-            gm, owned, example_inputs, findings, record, planner, chosen, earlier
+            gm, model, owned, example_inputs, findings, record, planner, chosen, earlier
         )
     else:
         compiled = _compile(owned, example_inputs, findings, record, planner, chosen, earlier)

@@ -38,9 +38,9 @@ def tile_size_for(video_tokens: int) -> int:
 class Options:
     """What a user can set. Plain data: Dynamo compares options to share code between modules.
 
-    sidecar: path of a `*.veda.safetensors` file with per-layer plans, or None. "auto" finds the
-        plans in the model's first calls and keeps them for later processes; a file of that name has
-        to be given as "./auto".
+    sidecar: path of a `*.veda.safetensors` file with per-layer plans. "auto", the default, finds
+        the plans in the model's first calls and keeps them for later processes (a file of that name
+        has to be given as "./auto"). None is one tile shape for all heads, from the first call on.
     density: share of key tiles kept, mean over heads, in (0, 1]; None is the sidecar's, or
         `DEFAULT_DENSITY` without one.
     tile_size: 64 or 128 tokens per tile; None is the sidecar's, or `tile_size_for`.
@@ -60,7 +60,7 @@ class Options:
     Raises OptionsError, naming the value and what it must be.
     """
 
-    sidecar: str | None = None
+    sidecar: str | None = AUTO
     density: float | None = None
     tile_size: int | None = None
     score: str = "auto"

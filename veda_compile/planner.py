@@ -119,13 +119,11 @@ class Planner:
         self, layer: Layer, heads: int, head_dim: int, heads_proven: bool
     ) -> Refusal | None:
         sidecar = self.sidecar
-        auto = self._options.sidecar == AUTO
-        if sidecar is None and not auto:
+        if sidecar is None or self._options.sidecar == AUTO:
+            # what has no plan of its own shares one, and a calibration is of the call as it stands
             return None
         if not heads_proven:
             return Refusal(Reason.HEAD_SPLIT_UNPROVEN, f"{heads} heads in the call")
-        if sidecar is None or auto:  # layers without a plan of their own share one
-            return None
         card = self.card_by_name(layer.name)
         if card is not None:
             sidecar.check_model([LayerCard(card.name, heads, head_dim, None)], complete=False)
@@ -179,7 +177,7 @@ class Planner:
             return Plan.uniform(heads, shape, density, self.score)
         main = max(grids, key=math.prod)
         mean = self._options.density
-        if self._options.sidecar == AUTO and mean != 1.0:
+        if self._options.sidecar == AUTO:
             mean = None  # it is what the plans were made for
         name = layer if layer is not None else self.sidecar.model.layers[0].name
         plan, match = self.sidecar.plan_for(

@@ -175,7 +175,11 @@ class _Step:
         return torch.compile(self._made[0], backend=inner, dynamic=False)
 
     def _veda(self, density: float) -> _Compiled:
-        options: dict[str, Any] = {"density": density, "executor": self.setting.executor}
+        options: dict[str, Any] = {
+            "sidecar": None,
+            "density": density,
+            "executor": self.setting.executor,
+        }
         if self.setting.smoke:
             options |= {"inner": "eager", "min_tokens": 0}
         module, inputs = self._made

@@ -112,7 +112,9 @@ def run(entry: Entry, setup: Setup, density: float, against_reference: bool = Fa
     torch.compiler.reset()
     veda_compile.reset_report()
     model, inputs = entry.make(setup.grid, setup.batch, setup.dtype)
-    options: dict[str, Any] = {"density": density, "min_tokens": 0, "inner": setup.inner}
+    options: dict[str, Any] = {
+        "sidecar": None, "density": density, "min_tokens": 0, "inner": setup.inner,
+    }  # fmt: skip
     if setup.told or entry.hint == "always" or (entry.hint == "regional" and setup.regional):
         options["grid"] = setup.grid
     compiled = compile_model(entry, model, setup.regional, options)
