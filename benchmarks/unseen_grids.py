@@ -1,9 +1,9 @@
 """Plans for grids never seen: `python -m benchmarks.unseen_grids`.
 
 The reference model is distilled on several token grids, and the plans of each are used on all the
-others as the backend uses the nearest plan it has: tile shapes stay, densities are scaled to the
-mean wanted. Attention is measured against dense on held-out clips, beside plans learned on that
-grid itself and beside the closed form, which needs none.
+others as the backend uses the nearest plan it has: tile shapes stay where they fit, densities are
+scaled to the mean wanted. Attention is measured against dense on held-out clips, beside plans
+learned on that grid itself and beside the closed form, which needs none.
 
 `--state` takes what a distillation on 16 x 16 x 16 kept (`*.job.veda.safetensors`). What is not
 there is learned, some minutes of CPU a grid, and its state kept in `--folder` and used again.

@@ -151,7 +151,7 @@ def _clips(
 ) -> list[dict[str, object]]:
     if not clips:
         return []
-    done = task("clips", clips * (1 + len(rules) * len(densities)))
+    done = task("clips", clips * (2 + len(rules) * len(densities)))
     return [row.to_dict() for row in measure_clips(model, rules, clips, densities, layers, done)]
 
 

@@ -1,7 +1,11 @@
-"""Whole clips: the model samples with every self-attention replaced by a rule, against dense."""
+"""Whole clips: the model samples with every self-attention replaced by a rule, against dense.
+
+Beside them dense attention in bfloat16: how far clips are apart that differ by rounding alone.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +26,10 @@ CLIP_SEED = EVALUATION.first_seed + 100
 """Noise of the first clip; the others follow."""
 
 
+ROUNDED = "dense, bfloat16"
+"""The row of the whole model in bfloat16."""
+
+
 @dataclass
 class ClipRow:
     """One rule at one density: how far each clip is from the dense clip of the same seed."""
@@ -33,6 +41,13 @@ class ClipRow:
     ssim: list[float] = field(default_factory=list)
     temporal: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
+
+    def add(self, clip: Tensor, exact: Tensor, kept: float) -> None:
+        """One clip, (1, 3, T, H, W), beside the dense one."""
+        self.kept.append(kept)
+        self.psnr.append(float(psnr(clip, exact)))
+        self.ssim.append(float(ssim(clip, exact)))
+        self.temporal.append(float(temporal_difference_error(clip, exact)))
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: means with intervals over clips, and the values of each clip."""
@@ -90,23 +105,24 @@ def measure_clips(
     layers: int,
     done: Callable[[], None],
 ) -> list[ClipRow]:
-    """Sample each clip dense and with every rule; `done` after each sampled clip."""
+    """Sample each clip dense, in bfloat16 and with every rule; `done` after each sampled clip."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    rounded = ClipRow(ROUNDED, "noise of rounding", 1.0)
     rows = [ClipRow(rule.name, rule.source, d) for d in densities for rule in rules]
     by_name = {rule.name: rule for rule in rules}
     for number in range(clips):
         exact = _clip(model, number)
+        done()
+        rounded.add(_clip(half, number), exact, 1.0)
         done()
         for row in rows:
             rule = by_name[row.rule]
             rule.start()
             with Replaced(rule, row.density, layers) as replaced:
                 clip = _clip(model, number)
-            row.kept.append(sum(replaced.kept) / len(replaced.kept))
-            row.psnr.append(float(psnr(clip, exact)))
-            row.ssim.append(float(ssim(clip, exact)))
-            row.temporal.append(float(temporal_difference_error(clip, exact)))
+            row.add(clip, exact, sum(replaced.kept) / len(replaced.kept))
             done()
-    return rows
+    return [*rows, rounded]
 
 
 def _clip(model: Any, number: int) -> Tensor:

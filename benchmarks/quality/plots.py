@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .clip_quality import ROUNDED
+
 Row = dict[str, Any]
 
 _MARKERS = "osv^D<>Pphd*"
@@ -19,8 +21,9 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         rows = report["attention"]
         made.append(_curves(rows, "error", "relative squared error", folder / "quality_error.png"))
         made.append(_against_time(rows, folder / "quality_error_time.png"))
-    if report["clips"]:
-        made.append(_curves(report["clips"], "psnr", "PSNR, dB", folder / "quality_psnr.png"))
+    clips = [row for row in report["clips"] if row["rule"] != ROUNDED]
+    if clips:
+        made.append(_curves(clips, "psnr", "PSNR, dB", folder / "quality_psnr.png"))
     return made
 
 
