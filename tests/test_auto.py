@@ -173,7 +173,7 @@ def test_a_grid_met_later_takes_the_nearest_plan(caplog: pytest.LogCaptureFixtur
 
 def test_a_grid_that_changes_while_calibrating() -> None:
     model = compiled(wan(), regional=True)
-    for seed in range(8):
+    for seed in range(12):
         call(model, seed, (GRID, LARGER)[seed % 2])
     assert states() == {"sparse (calibrated now)"}
     for grid in (GRID, LARGER):

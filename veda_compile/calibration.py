@@ -33,6 +33,9 @@ from .time_account import TimeAccount
 
 logger = logging.getLogger(__name__)
 
+_FAILURES = (VedaError, RuntimeError, ArithmeticError, LookupError, ValueError)
+"""What measuring and choosing may raise, out of memory for one."""
+
 
 class State(Enum):
     """Where a calibration stands."""
@@ -102,7 +105,7 @@ class Calibration:
         try:
             with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
                 self._measure(call)
-        except (RuntimeError, ArithmeticError, VedaError) as error:
+        except _FAILURES as error:
             self.give_up(str(error))
         finally:
             self._measuring.release()
@@ -177,7 +180,7 @@ class Calibration:
                     self._density,
                     provenance(self._key, facts),
                 )
-            except VedaError as error:
+            except _FAILURES as error:  # the model's own call goes on
                 self.give_up(str(error))
                 return
             if self.path is not None:

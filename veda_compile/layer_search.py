@@ -1,4 +1,4 @@
-"""Searching one layer on one grid: every tile shape once, the better ones once more.
+"""Searching one layer on one grid: every tile shape once, the better ones more often.
 
 With each shape come densities for its scored heads, and static modes.
 """
@@ -22,11 +22,11 @@ from .searched_modes import SearchedModes, searched_modes
 from .sidecar_schema import Grid
 from .static_candidates import stripe_of
 
-ROUNDS = 2
-"""How often a shape is measured, each time on another call of the model."""
+ROUNDS = 4
+"""How often a shape can be measured, each time on another call of the model."""
 
 _SURVIVORS = 2
-"""Shapes of each head that are measured again."""
+"""Shapes of each head that go on into the next round."""
 
 _ROWS, _LEAST_ROWS = 32, 8
 _ROW_BYTES = 128 << 20
@@ -177,13 +177,15 @@ class LayerSearch:
         return (self.energy / self.energy.sum().clamp(min=1e-30)).tolist()
 
     def _survivors(self) -> list[TileShape]:
-        """The shapes that err least for some head at no more than the wanted density, in order."""
+        """Of the shapes measured in every round so far, those that err least for some head at no
+        more than the wanted density, in order."""
         place = len([d for d in ladder(self.density) if d < self.density * (1 - 1e-9)])
         place = min(place, len(ladder(self.density)) - 1)
-        errors = torch.stack([self._least_error(shape, place) for shape in self.shapes])
-        best = errors.topk(min(_SURVIVORS, len(self.shapes)), dim=0, largest=False).indices
+        alive = [shape for shape in self.shapes if self.taken[shape] == self.stage]
+        errors = torch.stack([self._least_error(shape, place) for shape in alive])
+        best = errors.topk(min(_SURVIVORS, len(alive)), dim=0, largest=False).indices
         kept = set(best.flatten().tolist())
-        return [shape for number, shape in enumerate(self.shapes) if number in kept]
+        return [shape for number, shape in enumerate(alive) if number in kept]
 
     def _least_error(self, shape: TileShape, place: int) -> Tensor:
         """(H,) of scores at a place of the ladder, or of a static mode that costs no more."""
