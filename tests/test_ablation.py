@@ -45,7 +45,7 @@ def site(grid: Grid, layer: int = 0, seed: int = 0, width: int = 16) -> Site:
 def learned_on(grid: Grid, out: Path, runs: int = 5) -> Distiller:
     """With the fourth run set apart, and trained on in the fifth."""
     model, find = wan(), {"min_tokens": 0, "inner": "eager"}
-    with distill(model, out, DENSITY, share=1.0, options=find, progress=False) as job:
+    with distill(model, out, DENSITY, share=1.0, options=find, progress=False, train=True) as job:
         for seed in range(runs):
             for step in (1000, 750, 500, 250):
                 run(model, wan_inputs(grid, seed) | {"timestep": torch.tensor([step])})

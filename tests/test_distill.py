@@ -30,7 +30,9 @@ def generate(model: Any, grid: Grid, seed: int, steps: int = 4) -> list[torch.Te
 
 
 def learn(model: Any, out: Path, runs: int = 4, grids: tuple[Grid, ...] = (GRID,), **given: Any):  # type: ignore[no-untyped-def]
-    given = {"density": 0.4, "share": 1.0, "options": FIND, "progress": False} | given
+    given = {
+        "density": 0.4, "share": 1.0, "options": FIND, "progress": False, "train": True,
+    } | given  # fmt: skip
     with distill(model, out, **given) as job:
         for seed in range(runs):
             for grid in grids:
@@ -73,7 +75,7 @@ def test_the_sidecar_keeps_its_budget_and_is_taken_by_the_backend(out: Path) -> 
     assert not state_path(out).exists()
     dense = run(model, wan_inputs(GRID, 9))
     torch.compiler.reset()
-    sparse = torch.compile(model, backend="veda", options={"sidecar": str(out), **QUICK})
+    sparse = torch.compile(model, backend="veda", options={**QUICK, "sidecar": str(out)})
     got = run(sparse, wan_inputs(GRID, 9))
     assert 1e-6 < distance(got, dense) < 0.5
     veda_compile.report().require()
@@ -183,3 +185,13 @@ def test_errors_name_the_value_and_the_remedy(out: Path, tmp_path: Path) -> None
         with distill(model, out, options={"min_tokens": 10**6, "inner": "eager"}):
             generate(model, GRID, 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_are_trained_on_request_alone(out: Path) -> None:
+    model = wan()
+    with distill(model, out, 0.4, share=1.0, options=FIND, progress=False) as job:
+        for seed in range(4):
+            generate(model, GRID, seed)
+    assert job.learned.shapes and not job.learned.trainers
+    assert Sidecar.load(out).score == "closed_form"
+    assert learn(wan(), out).learned.trainers

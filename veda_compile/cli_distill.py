@@ -32,6 +32,7 @@ def distill(
         "auto"
     ),
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    train: Annotated[bool, typer.Option(help="Train score projections too.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on from what an interrupted run has left.")
     ] = True,
@@ -55,6 +56,7 @@ def distill(
             generation=Generation(height, width, frames, steps, guidance, seed),
             density=density,
             policy=policy,
+            train=train,
             resume=resume,
         )
     except VedaError as error:

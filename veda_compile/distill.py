@@ -84,7 +84,7 @@ def distill(
     *,
     policy: str = "mixed",
     tile_size: int | None = None,
-    train: bool = True,
+    train: bool = False,
     share: float = 0.34,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -103,7 +103,9 @@ def distill(
         density: mean share of key tiles to keep over all heads, in (0, 1].
         policy: "mixed" (per head a scored tile shape or a static mode), "scored", "static".
         tile_size: 64 or 128; None is by length.
-        train: train score projections. Heads keep them only where they beat the closed form.
+        train: train score projections too. Heads keep them only where they beat the closed form.
+            Off, because what they gained on held-out clips is less than what they cost: see
+            docs/method.md, section 6.
         share: of the model's calls that are measured, in (0, 1].
         seed: of the samples.
         options: of backend "veda" for finding the attention (`grid`, `dense_layers`, ...).

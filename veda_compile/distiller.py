@@ -49,7 +49,7 @@ class StudyOptions:
     search_all_calls: int = 4
     search_tokens: int = 64
     study_tokens: int = 8
-    train: bool = True
+    train: bool = False
     training_steps: int = 2
     lesson_bytes: int = 512 << 20
     seed: int = 0

@@ -47,7 +47,14 @@ def learn(
     out = path.with_name(path.name.replace(".job.", ".full."))
     classes = CALIBRATION.classes
     with distill(
-        model, out, density, share=share, options=options, resume=False, progress=False
+        model,
+        out,
+        density,
+        share=share,
+        options=options,
+        resume=False,
+        progress=False,
+        train=True,
     ) as job:
         for number in range(generations):
             seed = FIRST_SEED + number
