@@ -22,16 +22,21 @@ def attention_table(rows: Sequence[Row], clips: int) -> Table:
         made.add_column(f"{column} at {last:.2f}", justify="right")
     for name in dict.fromkeys(row["rule"] for row in rows):
         mine = {row["density"]: row for row in rows if row["rule"] == name}
-        one = mine[last]
-        made.add_row(
-            name,
-            *(_with_interval(mine[d], "error", 4) for d in densities),
-            f"{one['kept']:.3f}",
-            f"{one['retained_mass']:.3f}",
-            _or_dash(one["tile_recall"]),
-            f"{one['ms']:.0f} (dense {one['dense_ms']:.0f})",
-        )
+        errors = [_with_interval(mine[d], "error", 4) if d in mine else "-" for d in densities]
+        made.add_row(name, *errors, *_details(mine.get(last)))
     return made
+
+
+def _details(row: Row | None) -> tuple[str, ...]:
+    """What else the table shows of a rule at one density; dashes where it was not measured."""
+    if row is None:
+        return ("-",) * 4
+    return (
+        f"{row['kept']:.3f}",
+        f"{row['retained_mass']:.3f}",
+        _or_dash(row["tile_recall"]),
+        f"{row['ms']:.0f} (dense {row['dense_ms']:.0f})",
+    )
 
 
 def clip_table(rows: Sequence[Row], clips: int) -> Table:
