@@ -12,6 +12,7 @@ from torch import fx
 
 from .binding import Binder, Bound, LayerMark
 from .calibrated_model import model_to_calibrate
+from .calibration import State
 from .dense_steps import REMEDY, StepInput, add_dense_steps
 from .earlier_graphs import EarlierGraphs, EarlierGrids, analyse_after
 from .graph_records import graph_record, note_use, require_sparse
@@ -54,13 +55,17 @@ def veda(
     """
     chosen = Options.from_dict(options, mode)
     model = model_to_calibrate(gm, chosen)
-    if chosen.sidecar == AUTO and model is None:
+    uncalibrated = chosen.sidecar == AUTO and model is None
+    if uncalibrated:
         chosen = replace(chosen, sidecar=None)
     planner = Planner(chosen)
     owned = own_copy(gm)
     findings, earlier = analyse_after(gm, owned, example_inputs, planner.policy)
     handing = tagger(gm, example_inputs)
     record = graph_record(gm, findings, planner, chosen)
+    if uncalibrated and chosen.density != 1.0:  # which needs no calibration
+        for site in record.sites:
+            site.calibration = State.GIVEN_UP.value if site.rewritten else None
     watched, observe = watch_graph(gm, example_inputs, findings, record, chosen.strict)
     STORE.add(record)
     _warn_unmatched(findings, chosen, record.compile_id)
