@@ -1,11 +1,11 @@
 """Distillation targets in plain torch, against a float64 softmax summed up tile by tile."""
 
-import json
 import math
 
 import pytest
 import torch
 from naive_attention import boxes_of_tokens, queries_of
+from peak_memory import peak_memory
 
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.errors import LayoutError, PlanError
@@ -227,23 +227,6 @@ def test_memory_of_row_sums(tmp_path):
     layout = Layout.of(Video(16, 32, 32))
     call = make_call(layout, Plan.uniform(1, (4, 4, 8), 0.5))
     assert peak_memory(lambda: row_lse(call), tmp_path) < 64 << 20
-
-
-def peak_memory(function, folder):
-    """Largest number of bytes that torch had allocated at a time while `function` ran."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    trace = folder / "trace.json"
-    profile.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-    assert memory
-    most = held = 0
-    for _, size in memory:
-        held += size
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize(

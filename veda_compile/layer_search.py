@@ -30,7 +30,7 @@ _SURVIVORS = 2
 
 _ROWS, _LEAST_ROWS = 32, 8
 _ROW_BYTES = 128 << 20
-"""Memory for the probabilities of the sampled queries."""
+"""Memory for the probabilities of the sampled queries; `row_errors` takes as much beside them."""
 
 _STEPS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 

@@ -16,7 +16,7 @@ from .kernels.scores import key_features, query_features, tile_scores
 from .kernels.statistics import TileStatistics, tile_statistics
 from .kernels.tiles import tile_table
 from .observed_call import ObservedCall
-from .row_errors import RowSample
+from .row_errors import RowSample, head_slices
 from .score_training import Lesson
 from .second_order import SpreadMoments
 from .shape_curves import SEARCHED_KIND, ShapeCurves
@@ -32,7 +32,7 @@ _SEARCHED_TILES = 4
 """Query tiles that a search of a layout with several video segments measures in a call."""
 
 _SAMPLE_BYTES = 64 << 20
-"""Memory for the probabilities of the queries searched at once, their keys and values beside."""
+"""Memory for the probabilities of the queries searched at once."""
 
 FACTOR_RANK = 8
 """Rank of the factorised second-order term, at most head_dim."""
@@ -98,10 +98,7 @@ class LayerStudy:
         batch = self.searched % call.q.shape[0]
         one = slice(batch, batch + 1)
         kv_heads, repeat = call.k.shape[1], call.q.shape[1] // call.k.shape[1]
-        width = 2 * self.head_dim + repeat * len(tokens)
-        step = max(1, _SAMPLE_BYTES // (4 * call.k.shape[2] * width))
-        for first in range(0, kv_heads, step):
-            kv = slice(first, min(first + step, kv_heads))
+        for kv in head_slices(kv_heads, 4 * call.k.shape[2] * repeat * len(tokens), _SAMPLE_BYTES):
             heads = slice(kv.start * repeat, kv.stop * repeat)
             valid = None if call.key_valid is None else call.key_valid[one]
             part = replace(
