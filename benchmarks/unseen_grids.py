@@ -35,6 +35,7 @@ from benchmarks.ablation.variants import (
     plans_on,
     sidecar_of,
 )
+from benchmarks.measured_rows import with_interval
 from benchmarks.quality.recordings import GRID, record, reference_model
 from benchmarks.quality.splits import EVALUATION
 from veda_compile.distiller import Distiller
@@ -225,10 +226,7 @@ def _learned_on(grid: Grid) -> str:
 
 
 def _ratio(row: dict[str, Any], name: str) -> str:
-    if name not in row:
-        return "-"
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.3f} ({low:.3f}-{high:.3f})"
+    return with_interval(row, name, 3) if name in row else "-"
 
 
 if __name__ == "__main__":

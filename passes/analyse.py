@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from .attention_ops import provenance_rules
+from .call_dimensions import dimensions, is_symbolic, token_size
 from .chain_writes import written_on_the_way
 from .codes import Tracked, reshape_codes
 from .given import Given
@@ -26,7 +27,6 @@ from .positions import Evidence
 from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
-from .sizes import Size, example_tensor, hint
 from .token_map import TokenMap, token_map
 from .verdict import Dimensions, Policy, judge_call, judge_identity, judge_layer
 from .writes import Writes
@@ -175,14 +175,14 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
         layer = find_nested_layer(scene.vectors, site)
     else:
         layer = find_layer(scene.vectors, site.node)
-    dims = _dimensions(site, layer)
+    dims = dimensions(site, layer)
     tokens = scene.tokens(site) if dims is not None else None
     refusal = judge_identity(site, tokens, sorted(scene.provenance.unknown))
     if refusal is not None or tokens is None or dims is None:
         return Finding(site, layer, dims, None, None, None, refusal)
     layout = scene.layout(tokens)
     writes = scene.writes(site.owner.graph)
-    mask = key_validity(site, _token_size(site.q), _token_size(site.k), writes)
+    mask = key_validity(site, token_size(site.q), token_size(site.k), writes)
     refusal = judge_call(site, layout, mask, dims, policy)
     written = written_on_the_way(site, writes)
     if written is not None and not isinstance(layout, Refusal):
@@ -190,32 +190,21 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
     if isinstance(layout, Refusal):
         return Finding(site, layer, dims, None, None, None, refusal)
     refusal = refusal or judge_layer(layer, index, dims, policy)
-    sizes = find_sizes(layout, _token_size(site.q), scene.provenance, site.owner.graph)
+    sizes = find_sizes(layout, token_size(site.q), scene.provenance, site.owner.graph)
     if sizes is None and policy.given is not None and layout.grids == policy.given.grids:
         layout = replace(layout, evidence=policy.given.evidence)
-        sizes = find_sizes(layout, _token_size(site.q), scene.provenance, site.owner.graph)
-    if refusal is None and layout.order is not None and _is_symbolic(site):
+        sizes = find_sizes(layout, token_size(site.q), scene.provenance, site.owner.graph)
+    if refusal is None and layout.order is not None and is_symbolic(site):
         refusal = Refusal(
             Reason.TOKEN_ORDER,
             "and sizes are symbolic: compile with dynamic=False",
             "compile with dynamic=False, or hand the tokens over in raster order",
         )
     split = layout.before > 0 and layout.after > 0
-    if refusal is None and (sizes is None or (split and _is_symbolic(site))):
+    if refusal is None and (sizes is None or (split and is_symbolic(site))):
         refusal = Refusal(Reason.UNPROVEN_SIZES)
     validity = mask if isinstance(mask, KeyValidity) else None
     return Finding(site, layer, dims, layout, sizes, validity, refusal)
-
-
-def _is_symbolic(site: Site) -> bool:
-    return any(isinstance(_token_size(operand), torch.SymInt) for operand in (site.q, site.k))
-
-
-def _token_size(operand: Operand) -> Size:
-    tensor = example_tensor(operand.node)
-    assert tensor is not None
-    tokens = tensor.shape[operand.axes.index("n")]
-    return tokens if operand.samples == 1 else tokens // operand.samples
 
 
 def _unpacked(x: Tracked, operand: Operand) -> Tracked:
@@ -229,73 +218,6 @@ def _unpacked(x: Tracked, operand: Operand) -> Tracked:
     return parted.map(
         (operand.samples, *shape[:place], *shape[place + 1 :]), lambda c: c.movedim(place, 0)
     )
-
-
-def _dimensions(site: Site, layer: Layer) -> Dimensions | None:
-    """Hints of the site's sizes; None if an operand is not one tensor of the expected rank."""
-    operands = (site.q, site.k, site.v)
-    tensors = [example_tensor(operand.node) for operand in operands]
-    for operand, tensor in zip(operands, tensors, strict=True):
-        if tensor is None or tensor.dim() != len(operand.axes) or "n" not in operand.axes:
-            return None
-    q, k, v = tensors
-    assert q is not None and k is not None and v is not None
-
-    def side(tensor: torch.Tensor, operand: Operand, letter: str) -> int:
-        if letter not in operand.axes:
-            return operand.samples if letter == "b" else 1
-        size = hint(tensor.shape[operand.axes.index(letter)])
-        return size // operand.samples if letter == "n" else size
-
-    mismatch = None
-    for letter, name in (("b", "batch"), ("n", "tokens"), ("d", "head_dim")):
-        sides = [side(tensor, operand, letter) for tensor, operand in
-                 ((q, site.q), (k, site.k), (v, site.v))]  # fmt: skip
-        if letter == "n":  # the token map tells whether q has a part of the tokens
-            sides = sides[1:]
-        if len(set(sides)) > 1:
-            mismatch = f"{name} of q, k, v: {sides}"
-    heads = [side(t, operand, "h") for t, operand in ((q, site.q), (k, site.k), (v, site.v))]
-    if heads[1] != heads[2] or heads[0] % heads[1]:
-        mismatch = f"heads of q, k, v: {heads}"
-    head_dim = side(q, site.q, "d")
-    if site.projections is not None:
-        heads, head_dim = [site.projections.heads] * 3, site.projections.head_dim
-    return Dimensions(
-        side(q, site.q, "b"),
-        heads[0],
-        heads[1],
-        side(q, site.q, "n"),
-        side(k, site.k, "n"),
-        head_dim,
-        _computing_dtype(site, q, k, v),
-        q.device.type,
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in (*tensors, *_weights(site)) if t is not None),
-        ("h" in site.q.axes or site.projections is not None)
-        and (not site.calls or layer.name is not None),
-        mismatch,
-    )
-
-
-def _weights(site: Site) -> list[torch.Tensor | None]:
-    """The weights of a call that projects its operands itself."""
-    return [] if site.projections is None else [example_tensor(x) for x in site.projections.nodes]
-
-
-def _computing_dtype(site: Site, *operands: torch.Tensor) -> torch.dtype:
-    """The dtype of the attention itself.
-
-    Fused attention returns what it computes in, and under autocast casts its operands to it.
-    Written-out attention computes in the widest of its operands' dtypes.
-    """
-    result = site.first_output()
-    if site.fused and result is not None:
-        return result.dtype
-    widest = operands[0].dtype
-    for operand in operands[1:]:
-        widest = torch.promote_types(widest, operand.dtype)
-    return widest
 
 
 def _shows_frames(finding: Finding) -> bool:

@@ -15,7 +15,8 @@ from torch import fx
 
 from ..kernels.observe_op import observe_v1
 from .analyse import Finding
-from .rewrite import Rewriter, cast_to, lift, operands, to_bhnd, valid_keys
+from .bhnd import cast_to, operands, to_bhnd
+from .rewrite import Rewriter, lift, valid_keys
 from .subgraphs import SubgraphCall, output_value
 
 Numbered = tuple[int, Finding]

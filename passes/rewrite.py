@@ -17,15 +17,14 @@ from torch import fx
 from ..kernels.layout import CONTEXT, EXTRA, VIDEO
 from ..kernels.op import sparse_attention_v2
 from .analyse import Finding
+from .bhnd import cast_to, from_bhnd, operands, to_bhnd
 from .dead import erase, takes_output
 from .layout import SiteLayout
 from .mask_rows import key_rows, masked_output
 from .multihead import with_heads
 from .segment_rows import own_keys, with_padding
-from .sites import Operand, Site
 from .sizes import Length, SizeOf, example_tensor
 
-_ORDER = "bhnd"
 _REST = -1
 
 
@@ -134,9 +133,9 @@ class Rewriter:
                 grouped = finding.dims.heads != finding.dims.kv_heads
                 out = with_padding(graph, site.segments, valid, (q, k, v), out, site.scale, grouped)
             if site.projections is None:
-                out = _from_bhnd(graph, out, site.out_axes, site.q.samples)
+                out = from_bhnd(graph, out, site.out_axes, site.q.samples)
             else:
-                out = _from_bhnd(graph, out, with_heads(site.out_axes))
+                out = from_bhnd(graph, out, with_heads(site.out_axes))
                 out = site.projections.combine(graph, out, site.q.node)
             recorded = site.first_output()
             if recorded is not None and recorded.dtype != dtype:
@@ -254,61 +253,11 @@ def lift(call: fx.Node, module: fx.GraphModule, node: fx.Node) -> fx.Node:
     return existing
 
 
-def operands(graph: fx.Graph, site: Site) -> list[Operand]:
-    """q, k and v as they enter the attention."""
-    operands = [site.q, site.k, site.v]
-    if site.projections is None:
-        return operands
-    q, k, v = (operand.node for operand in operands)
-    projected = site.projections.project(graph, (q, k, v))
-    return [Operand(node, with_heads(site.q.axes)) for node in projected]
-
-
 def valid_keys(graph: fx.Graph, finding: Finding, q: fx.Node, k: fx.Node) -> fx.Node | None:
     """(B, Nk) bool, keys that somebody attends to; None for all. q, k: (B, H, N, D)."""
     if finding.site.segments is not None:
         return own_keys(graph, finding.site.segments, q)
     return None if finding.mask is None else key_rows(graph, finding.mask, k)
-
-
-def to_bhnd(graph: fx.Graph, operand: Operand) -> fx.Node:
-    """An operand as (B, H, N, D)."""
-    axes, node = operand.axes, operand.node
-    if operand.samples > 1:
-        place = axes.index("n")
-        node = graph.call_function(torch.unflatten, (node, place, (operand.samples, -1)))
-        axes = axes.replace("n", "bn")
-    present = [axes.index(letter) for letter in _ORDER if letter in axes]
-    if present != sorted(present):
-        node = graph.call_function(torch.permute, (node, present))
-    for place, letter in enumerate(_ORDER):
-        if letter not in axes:
-            node = graph.call_function(torch.unsqueeze, (node, place))
-    return node
-
-
-def cast_to(graph: fx.Graph, node: fx.Node, recorded: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """`node` in `dtype`, given the node that holds the same values."""
-    tensor = example_tensor(recorded)
-    if tensor is None or tensor.dtype == dtype:
-        return node
-    return graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-
-
-def _from_bhnd(graph: fx.Graph, node: fx.Node, axes: str, samples: int = 1) -> fx.Node:
-    if samples > 1:  # of packed tokens, one after the other
-        unpacked = axes.replace("n", "bn")
-        node = _from_bhnd(graph, node, unpacked)
-        place = unpacked.index("b")
-        return graph.call_function(torch.flatten, (node, place, place + 1))
-    for place, letter in reversed(list(enumerate(_ORDER))):
-        if letter not in axes:
-            node = graph.call_function(torch.squeeze, (node, place))
-    kept = [letter for letter in _ORDER if letter in axes]
-    order = [kept.index(letter) for letter in axes]
-    if order != sorted(order):
-        node = graph.call_function(torch.permute, (node, order))
-    return node
 
 
 def input_positions(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[int]:

@@ -14,12 +14,14 @@ import pytest
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing compiled, and an empty report, before and after the test."""
+    """Nothing compiled nor counted, and an empty report, before and after the test."""
     import torch
+    from torch._dynamo.utils import counters
 
     import veda_compile
 
     torch._dynamo.reset()
+    counters.clear()
     veda_compile.reset_report()
     yield
     torch._dynamo.reset()

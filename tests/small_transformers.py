@@ -6,7 +6,7 @@ Norm weights are random, so that layers differ in their small parameters as trai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from torch import nn
 
 from veda_compile.functional import sparse_attention
 from veda_compile.kernels.layout import Layout
-from veda_compile.kernels.plan import Plan
+from veda_compile.kernels.plan import Plan, least_padding_shape
 
 Grid = tuple[int, int, int]
 Inputs = dict[str, Any]
@@ -190,6 +190,15 @@ def run_by_hand(
     """The eager model with its named attention layers computed by `sparse_attention` directly."""
     with sparse_by_hand(model, layout, plans):
         return run(model, inputs)
+
+
+def run_uniform(
+    model: nn.Module, inputs: Inputs, layout: Layout, layers: Sequence[str], density: float = 0.3
+) -> torch.Tensor:
+    """`run_by_hand` with the plan of the backend without a sidecar, for models of two heads."""
+    videos = Layout(tuple(video for _, video in layout.videos))
+    plan = Plan.uniform(2, least_padding_shape(videos, 64), density)
+    return run_by_hand(model, inputs, layout, dict.fromkeys(layers, plan))
 
 
 @contextmanager

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from small_transformers import EXACT, QUICK, Grid, distance, run, run_by_hand
+from small_transformers import EXACT, QUICK, Grid, distance, run, run_uniform
 from torch import nn
 from torch._dynamo.utils import counters
 
 import veda_compile
 from benchmarks.zoo import entry
-from veda_compile.errors import LayoutError, OptionsError
+from veda_compile.errors import LayoutError
 from veda_compile.kernels.layout import Extra, Layout, Video
-from veda_compile.kernels.plan import Plan, least_padding_shape
 from veda_compile.told import told_grids
 
-DENSITY = 0.3
-OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+OPTIONS: dict[str, Any] = {**QUICK, "density": 0.3}
 LANDSCAPE, PORTRAIT = (5, 6, 10), (5, 10, 6)
 GRIDS = [LANDSCAPE, PORTRAIT, (3, 8, 12), (7, 4, 6), LANDSCAPE]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    veda_compile.reset_report()
-    yield
-    torch.compiler.reset()
 
 
 def made(name: str, grid: Grid = LANDSCAPE) -> tuple[Any, dict[str, Any]]:
@@ -48,9 +38,7 @@ def compile_blocks(model: nn.Module, name: str, options: dict[str, Any] = OPTION
 
 
 def by_hand(name: str, model: Any, inputs: dict[str, Any], layout: Layout) -> torch.Tensor:
-    videos = Layout(tuple(video for _, video in layout.videos))
-    plan = Plan.uniform(2, least_padding_shape(videos, 64), DENSITY)
-    return run_by_hand(model, inputs, layout, dict.fromkeys(entry(name).layers, plan))
+    return run_uniform(model, inputs, layout, entry(name).layers)
 
 
 def sites() -> list[Any]:
@@ -228,85 +216,3 @@ def test_models_in_two_threads_do_not_mix() -> None:
     for thread in threads:
         thread.join()
     assert all(distance(found[grid], wanted[grid]) <= EXACT for grid in both)
-
-
-def test_models_inside_one_another_and_errors_on_the_way() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Inner()
-
-        def forward(self, fail: bool) -> list[Any]:
-            return [told_grids(), self.inner(fail), told_grids()]
-
-    class Inner(nn.Module):
-        def forward(self, fail: bool) -> Any:
-            if fail:
-                raise RuntimeError
-            return told_grids()
-
-    outer = Outer()
-    veda_compile.attach(outer, (1, 2, 3))
-    veda_compile.attach(outer.inner, lambda fail: [(4, 5, 6), (7, 8, 9)])
-    expected = [((1, 2, 3),), ((4, 5, 6), (7, 8, 9)), ((1, 2, 3),)]
-    assert outer(False) == expected
-    with pytest.raises(RuntimeError):
-        outer(True)
-    assert told_grids() is None
-    assert outer(False) == expected
-
-
-class Configured(nn.Module):
-    """Reads the grid that it was told, as a compiled block would."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = type("Config", (), config)()
-
-    def forward(
-        self, hidden_states: torch.Tensor, num_frames: Any = None, height: Any = None,
-        width: Any = None,
-    ) -> Any:  # fmt: skip
-        return told_grids()
-
-
-@pytest.mark.parametrize(("config", "call", "expected"), [
-    ({"patch_size": (1, 2, 2), "in_channels": 16}, {"shape": (1, 16, 5, 12, 20)}, (5, 6, 10)),
-    ({"patch_size": 2, "in_channels": 16}, {"shape": (1, 5, 16, 12, 20)}, (5, 6, 10)),
-    ({"patch_size": 2, "patch_size_t": 2, "in_channels": 16}, {"shape": (1, 6, 16, 12, 20)},
-     (3, 6, 10)),
-    ({"patch_size": (1, 2, 2), "in_channels": 3}, {"shape": (1, 5, 12, 20, 3)}, (5, 6, 10)),
-    ({"patch_size": 2, "in_channels": 33, "out_channels": 16}, {"shape": (1, 16, 5, 12, 20)},
-     (5, 6, 10)),
-    ({"patch_size": 1, "patch_size_t": 1},
-     {"shape": (1, 300, 8), "num_frames": 5, "height": 6, "width": 10}, (5, 6, 10)),
-    ({"patch_size": 1}, {"shape": (1, 299, 8), "num_frames": 5, "height": 6, "width": 10}, None),
-    ({"patch_size": 1}, {"shape": (1, 300, 8)}, None),
-    # 16 channels, or 16 columns
-    ({"patch_size": 1, "in_channels": 16}, {"shape": (1, 16, 5, 12, 16)}, None),
-    ({"patch_size": 1, "in_channels": 4}, {"shape": (1, 16, 5, 12, 20)}, None),
-])  # fmt: skip
-def test_the_grid_by_the_model_and_its_arguments(
-    config: dict[str, Any], call: dict[str, Any], expected: Grid | None
-) -> None:
-    model = Configured(**config)
-    veda_compile.attach(model)
-    latent = torch.zeros(call.pop("shape"))
-    assert model(latent, **call) == model(hidden_states=latent, **call)
-    assert model(latent, **call) == (None if expected is None else (expected,))
-
-
-@pytest.mark.parametrize("grid", ["automatic", (1, 2), (1, 2, 0), (1, 2, 3.0), [], [(1, 2, 3), 4]])
-def test_what_is_no_grid(grid: Any) -> None:
-    with pytest.raises(OptionsError):
-        veda_compile.attach(nn.Identity(), grid)
-    model = nn.Identity()
-    if not isinstance(grid, str):
-        veda_compile.attach(model, lambda *_: grid)
-        with pytest.raises(OptionsError):
-            model(torch.ones(1))
-
-
-def test_models_that_cannot_tell_their_grid() -> None:
-    with pytest.raises(OptionsError, match="Identity"):
-        veda_compile.attach(nn.Identity())

@@ -24,23 +24,13 @@ from auto_runs import (
     settle,
     states,
 )
-from small_transformers import (
-    EXACT,
-    cogvideox,
-    cogvideox_inputs,
-    distance,
-    hunyuan,
-    hunyuan_inputs,
-    run,
-    run_by_hand,
-    wan,
-    wan_inputs,
-)
+from families import FAMILIES
+from small_transformers import EXACT, distance, run, run_by_hand, wan, wan_inputs
 
 import veda_compile
 from veda_compile import Sidecar
 from veda_compile.calibration_cache import cached_files
-from veda_compile.kernels.layout import Extra, Layout, Segment, Video
+from veda_compile.kernels.layout import Layout, Video
 
 __all__ = ["apart"]
 
@@ -133,19 +123,13 @@ def test_other_density_is_other_plans() -> None:
     assert len(list(cached_files())) == 2
 
 
-CASES = {
-    "cogvideox": (cogvideox, cogvideox_inputs, "before"),
-    "hunyuan": (hunyuan, hunyuan_inputs, "after"),
-}
-
-
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan"])
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 def test_text_beside_the_video(family: str, regional: bool) -> None:
-    build, inputs_of, place = CASES[family]
-    plain, inputs = build(), inputs_of(GRID)
+    known = FAMILIES[family]
+    plain, inputs = known.build(), known.inputs(GRID)
     dense = run(plain, inputs)
-    model = compiled(build(), regional)
+    model = compiled(known.build(), regional)
     for _ in range(2):
         assert distance(run(model, inputs), dense) <= EXACT
     for _ in range(5):
@@ -154,10 +138,7 @@ def test_text_beside_the_video(family: str, regional: bool) -> None:
     sidecar = Sidecar.load(next(iter(cached_files())))
     plans = {card.name: sidecar.plan_for(card.name, GRID)[0]
              for card in sidecar.model.layers}  # fmt: skip
-    text: tuple[Segment, ...] = (Extra(12),)
-    video: tuple[Segment, ...] = (Video(*GRID),)
-    layout = Layout(text + video if place == "before" else video + text)
-    assert distance(found, run_by_hand(plain, inputs, layout, plans)) <= EXACT
+    assert distance(found, run_by_hand(plain, inputs, known.layout(GRID), plans)) <= EXACT
 
 
 def test_a_grid_met_later_takes_the_nearest_plan(caplog: pytest.LogCaptureFixture) -> None:

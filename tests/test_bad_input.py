@@ -17,16 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import veda_compile
 from veda_compile.errors import OptionsError, SidecarError, VedaError
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 GRID: Grid = (4, 8, 12)
 LAYERS = [f"blocks.{i}.attn1" for i in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    veda_compile.reset_report()
-    yield
-    torch.compiler.reset()
 
 
 class Packed(torch.nn.Module):

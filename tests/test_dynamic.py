@@ -3,71 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from compiling import sparse_calls
-from small_transformers import (
-    EXACT,
-    QUICK,
-    TEXT,
-    Grid,
-    cogvideox,
-    cogvideox_inputs,
-    distance,
-    hunyuan,
-    hunyuan_inputs,
-    ltx,
-    ltx_inputs,
-    run,
-    run_by_hand,
-    wan,
-    wan_inputs,
-)
+from families import FAMILIES
+from small_transformers import EXACT, QUICK, Grid, distance, run, run_uniform
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import veda_compile
 from benchmarks.zoo import call, entry
-from veda_compile.kernels.layout import Extra, Layout, Segment, Video
-from veda_compile.kernels.plan import Plan, least_padding_shape
+from veda_compile.kernels.layout import Layout, Video
 
-DENSITY = 0.3
-OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+OPTIONS: dict[str, Any] = {**QUICK, "density": 0.3}
 RESOLUTIONS = [(5, 6, 10), (5, 10, 6), (5, 8, 8), (5, 8, 12), (5, 12, 8), (5, 4, 14)]
 """Flips keep the number of tokens, one is square, and twice 6 is the number of text tokens."""
 GRIDS: list[Grid] = [*RESOLUTIONS, (3, 6, 10), (7, 6, 10), (9, 6, 10)]
 
-DUAL = [f"transformer_blocks.{i}.attn" for i in range(2)]
-SINGLE = [f"single_transformer_blocks.{i}.attn" for i in range(2)]
-MODELS: dict[str, tuple[Callable[[], Any], Callable[[Grid], Any], list[str], str]] = {
-    "wan": (lambda: wan(layers=2), wan_inputs, [f"blocks.{i}.attn1" for i in range(2)], ""),
-    "hunyuan": (hunyuan, hunyuan_inputs, DUAL + SINGLE, "after"),
-    "cogvideox": (
-        cogvideox, cogvideox_inputs, [f"transformer_blocks.{i}.attn1" for i in range(2)], "before",
-    ),
-    "ltx": (ltx, ltx_inputs, [f"transformer_blocks.{i}.attn1" for i in range(2)], ""),
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    veda_compile.reset_report()
-    yield
-    torch.compiler.reset()
-
 
 def by_hand(name: str, model: Any, grid: Grid) -> torch.Tensor:
-    _, inputs_of, layers, text = MODELS[name]
-    extra: tuple[Segment, ...] = (Extra(TEXT),)
-    video: tuple[Segment, ...] = (Video(*grid),)
-    order = {"": video, "before": extra + video, "after": video + extra}[text]
-    plan = Plan.uniform(2, least_padding_shape(Layout(video), 64), DENSITY)
-    return run_by_hand(model, inputs_of(grid), Layout(order), dict.fromkeys(layers, plan))
+    known = FAMILIES[name]
+    return run_uniform(model, known.inputs(grid), known.layout(grid), known.layers)
 
 
 def compilations() -> int:
@@ -76,11 +36,11 @@ def compilations() -> int:
     return max(Counter(graph.compile_id.partition("/")[0] for graph in graphs).values())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_whole_model_compiled_for_all_sizes(name: str) -> None:
     """One compilation, and a second because one text length equals one height."""
-    build, inputs_of, _, _ = MODELS[name]
-    model = build()
+    known = FAMILIES[name]
+    model, inputs_of = known.build(), known.inputs
     wanted = {grid: by_hand(name, model, grid) for grid in GRIDS}
     fn = torch.compile(model, backend="veda", options=OPTIONS, dynamic=True)
     for grid in GRIDS:
@@ -89,10 +49,10 @@ def test_a_whole_model_compiled_for_all_sizes(name: str) -> None:
     assert {tuple(g) for s in veda_compile.report().sites for g in s.grids} == set(GRIDS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compiled_for_all_sizes(name: str) -> None:
-    build, inputs_of, _, _ = MODELS[name]
-    model = build()
+    known = FAMILIES[name]
+    model, inputs_of = known.build(), known.inputs
     wanted = {grid: by_hand(name, model, grid) for grid in GRIDS}
     if name == "cogvideox":
         for block in model.transformer_blocks:
@@ -108,8 +68,7 @@ def test_blocks_compiled_for_all_sizes(name: str) -> None:
 def test_by_default_torch_alone_decides_when_to_compile() -> None:
     """It makes a side symbolic once it has changed, so that a new length is one more compilation
     after new resolutions; the backend adds none."""
-    build, inputs_of, _, _ = MODELS["wan"]
-    model = build()
+    model, inputs_of = FAMILIES["wan"].build(), FAMILIES["wan"].inputs
     counter = CompileCounterWithBackend("eager")
     plain = torch.compile(model, backend=counter)
     for grid in GRIDS:

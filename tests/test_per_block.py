@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_transformers import EXACT, QUICK, Grid, distance, run, run_by_hand
+from small_transformers import EXACT, QUICK, Grid, distance, run, run_uniform
 
 import veda_compile
 from benchmarks.zoo import entry
-from veda_compile.kernels.layout import Layout
-from veda_compile.kernels.plan import Plan, least_padding_shape
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -20,12 +18,7 @@ OPTIONS: dict[str, Any] = {**QUICK, "density": 0.3}
 
 def by_hand(name: str, model: Any, inputs: dict[str, Any], grid: Grid) -> Any:
     known = entry(name)
-    plans = {}
-    layout = known.layouts(grid)[0]
-    for layer in known.layers:
-        videos = Layout(tuple(video for _, video in layout.videos))
-        plans[layer] = Plan.uniform(2, least_padding_shape(videos, 64), 0.3)
-    return run_by_hand(model, inputs, layout, plans)
+    return run_uniform(model, inputs, known.layouts(grid)[0], known.layers)
 
 
 @pytest.mark.parametrize("name", ["allegro", "easyanimate", "cosmos", "mochi"])

@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from small_transformers import (
     EXACT,
     QUICK,
-    TEXT,
     Grid,
     Inputs,
-    cogvideox,
-    cogvideox_inputs,
     distance,
-    hunyuan,
-    hunyuan_inputs,
-    ltx,
-    ltx_inputs,
     run,
-    run_by_hand,
+    run_uniform,
     wan,
     wan_inputs,
 )
 from torch._dynamo.utils import counters
 
 import veda_compile
-from veda_compile.kernels.layout import Extra, Layout, Segment, Video
-from veda_compile.kernels.plan import Plan, least_padding_shape
+from veda_compile.kernels.layout import Layout, Video
 
-DENSITY = 0.3
-OPTIONS: dict[str, Any] = {**QUICK, "density": DENSITY}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+OPTIONS: dict[str, Any] = {**QUICK, "density": 0.3}
 LANDSCAPE, PORTRAIT = (4, 8, 12), (4, 12, 8)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    veda_compile.reset_report()
-    yield
-    torch.compiler.reset()
 
 
 def compiles() -> int:
@@ -58,17 +43,9 @@ def grids_seen() -> set[Grid]:
     return {tuple(grid) for site in sparse_sites() for grid in site["grids"]}
 
 
-def by_hand(
-    model: Any, inputs: Inputs, grid: Grid, layers: Sequence[str], extra: str = ""
-) -> torch.Tensor:
-    """What the model must return: the op told the true grid, in every layer of its own."""
-    text: tuple[Segment, ...] = (Extra(TEXT),)
-    segments = {"": (), "before": text, "after": text}[extra]
-    video: tuple[Segment, ...] = (Video(*grid),)
-    layout = Layout(segments + video if extra == "before" else video + segments)
-    shape = least_padding_shape(Layout.of(Video(*grid)), 64)
-    plan = Plan.uniform(2, shape, DENSITY)
-    return run_by_hand(model, inputs, layout, dict.fromkeys(layers, plan))
+def by_hand(model: Any, inputs: Inputs, grid: Grid, layers: Sequence[str]) -> torch.Tensor:
+    """What a model without text must return: the op told the true grid, in all its layers."""
+    return run_uniform(model, inputs, Layout.of(Video(*grid)), layers)
 
 
 def test_twelve_blocks_are_one_compile() -> None:
@@ -125,18 +102,19 @@ def test_four_resolutions_need_no_more_compiles_than_plain_dynamo() -> None:
 
 def test_cogvideox_and_positions_written_in_place() -> None:
     """A buffer of positions that is filled anew holds another grid under the same identity."""
-    model = cogvideox()
-    layers = [f"transformer_blocks.{i}.attn1" for i in range(2)]
+    known = FAMILIES["cogvideox"]
+    model = known.build()
     wanted = {
-        g: by_hand(model, cogvideox_inputs(g), g, layers, "before") for g in (LANDSCAPE, PORTRAIT)
+        g: run_uniform(model, known.inputs(g), known.layout(g), known.layers)
+        for g in (LANDSCAPE, PORTRAIT)
     }
     for block in model.transformer_blocks:
         block.compile(backend="veda", options=OPTIONS)
     for grid in (LANDSCAPE, PORTRAIT):
-        assert distance(run(model, cogvideox_inputs(grid)), wanted[grid]) <= EXACT, grid
-    held = cogvideox_inputs(PORTRAIT)["image_rotary_emb"]
+        assert distance(run(model, known.inputs(grid)), wanted[grid]) <= EXACT, grid
+    held = known.inputs(PORTRAIT)["image_rotary_emb"]
     for grid in (PORTRAIT, LANDSCAPE, PORTRAIT):
-        inputs = cogvideox_inputs(grid)
+        inputs = known.inputs(grid)
         for buffer, value in zip(held, inputs["image_rotary_emb"], strict=True):
             buffer.copy_(value)
         found = run(model, {**inputs, "image_rotary_emb": held})
@@ -145,29 +123,21 @@ def test_cogvideox_and_positions_written_in_place() -> None:
     assert compiles() <= 2  # the first block is handed other strides than the rest
 
 
-DUAL = [f"transformer_blocks.{i}.attn" for i in range(2)]
-SINGLE = [f"single_transformer_blocks.{i}.attn" for i in range(2)]
-LTX = [f"transformer_blocks.{i}.attn1" for i in range(2)]
-
-FAMILIES: dict[str, tuple[Any, ...]] = {
-    "hunyuan": (hunyuan, hunyuan_inputs, DUAL + SINGLE, "after", 3),
-    "ltx": (ltx, ltx_inputs, LTX, "", 1),
-}
+GRAPHS = {"hunyuan": 3, "ltx": 1}
 """Graphs with video attention: HunyuanVideo has two kinds of block, and the first block of the
 second kind is handed other strides than the rest."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GRAPHS)
 def test_other_families(family: str) -> None:
-    build: Callable[[], Any]
-    build, inputs_of, layers, extra, graphs = FAMILIES[family]
-    model = build()
+    known = FAMILIES[family]
+    model, inputs_of = known.build(), known.inputs
     grids = (LANDSCAPE, PORTRAIT)
-    wanted = {g: by_hand(model, inputs_of(g), g, layers, extra) for g in grids}
+    wanted = {g: run_uniform(model, inputs_of(g), known.layout(g), known.layers) for g in grids}
     dense = run(model, inputs_of(LANDSCAPE))
     model.compile_repeated_blocks(backend="veda", options=OPTIONS)
     for grid in (*grids, LANDSCAPE):
         assert distance(run(model, inputs_of(grid)), wanted[grid]) <= EXACT, grid
     assert distance(wanted[LANDSCAPE], dense) > 100 * EXACT
     assert grids_seen() == set(grids)
-    assert len(sparse_sites()) <= graphs
+    assert len(sparse_sites()) <= GRAPHS[family]

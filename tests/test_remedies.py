@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from test_packed_verdicts import Packed, packed, positions, sequence
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from toys import GRID, TOKENS, Attention, Video, latents, toy
+from trials import Trial, changed, check, frozen
 
 import veda_compile
 from benchmarks.zoo import entry
@@ -25,67 +24,11 @@ from benchmarks.zoo.measure import run as run_entry
 from veda_compile.kernels import cpu
 from veda_compile.kernels.executors import YES, Answer, Traits
 from veda_compile.passes.reasons import Reason
-from veda_compile.report import SiteRecord
 from veda_compile.sidecar import LayerCard, Sidecar
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 sdpa = F.scaled_dot_product_attention
-
-
-@dataclass
-class Trial:
-    """One way to compile and call a model. prepare: what is done to the compiled model first.
-
-    cure is another trial, which differs in what the remedy says and nothing else.
-    """
-
-    model: Callable[[], Any]
-    args: Callable[[], tuple[Any, ...]]
-    options: dict[str, Any] = field(default_factory=dict)
-    dynamic: bool | None = None
-    blocks: str | None = None
-    prepare: Callable[[Any], Any] = lambda _: None
-    mode: Callable[[], Any] = torch.no_grad
-
-    def sites(self) -> list[SiteRecord]:
-        """The attention calls of a first call after compiling."""
-        torch._dynamo.reset()
-        veda_compile.reset_report()
-        model = self.model()
-        chosen = {
-            "min_tokens": 0,
-            "sidecar": None,
-            "inner": "eager",
-            "density": 1.0,
-            **self.options,
-        }
-        fn = model
-        if self.blocks is None:
-            fn = torch.compile(model, backend="veda", dynamic=self.dynamic, options=chosen)
-        for block in model.get_submodule(self.blocks) if self.blocks else ():
-            block.compile(backend="veda", dynamic=self.dynamic, options=chosen)
-        self.prepare(fn)
-        with self.mode():
-            fn(*self.args())
-        return veda_compile.report().sites
-
-
-def changed(trial: Trial, **what: Any) -> Trial:
-    return Trial(**{**vars(trial), **what})
-
-
-def check(reason: str, phrase: str, trial: Trial, cure: Trial) -> None:
-    """`trial` stays dense for the reason, and its remedy, which says `phrase`, makes it sparse."""
-    sick = [site for site in trial.sites() if not site.rewritten]
-    assert sick and {site.reason for site in sick} == {reason}, [s.explanation for s in sick]
-    assert all(phrase in str(site.remedy) for site in sick), sick[0].remedy
-    cured = cure.sites()
-    assert cured and all(site.rewritten for site in cured), [s.explanation for s in cured]
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)
 
 
 PACKED = Trial(packed, lambda: (sequence(),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +30,8 @@ from veda_compile.fingerprint import fingerprint, module_tensors
 from veda_compile.kernels.layout import Layout, Video
 from veda_compile.kernels.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 GRID: Grid = (4, 8, 12)
 OTHER: Grid = (3, 14, 10)
 LAYERS = [f"blocks.{i}.attn1" for i in range(3)]
@@ -48,14 +50,6 @@ SIZES: dict[str, tuple[Callable[[], Any], Callable[[Grid], Inputs], str]] = {
     "more heads": (lambda: wan(heads=4), wan_inputs, "4 heads of 24"),
     "other head_dim": (lambda: wan(head_dim=12), wan_inputs, "2 heads of 12"),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    veda_compile.reset_report()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")

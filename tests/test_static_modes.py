@@ -1,4 +1,4 @@
-"""Static modes: what they keep, that they reproduce planted patterns, and mixed plans."""
+"""Static modes: that they reproduce planted patterns, and mixed plans."""
 
 from __future__ import annotations
 
@@ -8,46 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from naive_attention import boxes_of_tokens, naive_attention, naive_static
+from mode_samples import DIAGONAL, FRAMES, FULL, SKIP, STRIPE, kept_by
+from naive_attention import boxes_of_tokens, naive_attention
 
 from veda_compile import Context, Extra, Layout, Plan, Video, sparse_attention
-from veda_compile.kernels.budget import kept_density
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.executors import EXECUTOR_NAMES, get_executor
 from veda_compile.kernels.plan import TileShape
-from veda_compile.kernels.static_modes import (
-    KINDS,
-    StaticMode,
-    decode_modes,
-    encode_modes,
-    mode_density,
-    static_lists,
-)
+from veda_compile.kernels.static_modes import StaticMode
 
-FULL, SKIP = StaticMode("full"), StaticMode("skip")
-DIAGONAL = StaticMode("diagonal", (2, 0))
-FRAMES = StaticMode("multi_diagonal", (1, 1))
-STRIPE = StaticMode("stripe", columns=((0.0, 0.5, 0.3), (0.9, 0.9, 0.9)))
-MODES = (FULL, SKIP, DIAGONAL, StaticMode("diagonal"), FRAMES, StaticMode("multi_diagonal", (3, 0)),
-         STRIPE)  # fmt: skip
-EVERY_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda m: f"{m.kind}{m.reach}")
 EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
 ON_CPU = pytest.mark.parametrize("executor", ["reference", "cpu"])
 """Triton's interpreter attends slowly: here it selects, test_executors.py has it attend."""
-LAYOUTS = {
-    "ragged": Layout.of(Video(5, 9, 13)),
-    "one tile": Layout.of(Extra(2), Video(1, 2, 3)),
-    "two videos": Layout.of(Extra(3), Video(4, 10, 7), Context(5), Video(3, 6, 11), Extra(1)),
-}
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept_by(layout: Layout, shape: TileShape, mode: StaticMode) -> list[list[int]]:
-    found = static_lists(layout, shape, mode)
-    return [row[:n].tolist() for row, n in zip(found.indices, found.counts, strict=True)]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
@@ -72,57 +48,6 @@ def assert_alike(given: dict[str, Any], executor: str, right: dict[str, Any] | N
         count = int(wanted.counts[place])
         lists = (x.indices[place][:count].tolist() for x in (selection, wanted))
         assert next(lists) == next(lists)
-
-
-@EVERY_MODE
-@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 2, 16), (4, 1, 8)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_lists_are_the_rule(layout: Layout, shape: TileShape, mode: StaticMode) -> None:
-    boxes = sorted({box for box in boxes_of_tokens(layout, shape) if box is not None})
-    number = {box: i for i, box in enumerate(boxes)}
-    segments = [[b for b in boxes if b[0] == s] for s in sorted({b[0] for b in boxes})]
-    wanted = [
-        [number[key] for keys in segments for key in naive_static(mode, box, own, keys)]
-        for own in segments
-        for box in own
-    ]
-    assert kept_by(layout, shape, mode) == wanted
-    pairs = sum(map(len, wanted))
-    assert mode_density(layout, shape, mode) == pairs / len(boxes) ** 2
-    found = static_lists(layout, shape, mode)
-    assert found.map().sum() == pairs and found.map()[0].nonzero()[:, 0].tolist() == wanted[0]
-    assert static_lists(layout, shape, mode) is found  # made once
-
-
-def test_lists_on_a_grid_one_can_see() -> None:
-    """Tiles 0 to 11 in two frames of two rows of three."""
-    layout, shape = Layout.of(Video(4, 8, 12)), (2, 4, 4)
-    assert kept_by(layout, shape, StaticMode("diagonal", (1, 0)))[:3] == [
-        [0, 1],
-        [0, 1, 2],
-        [1, 2, 3],
-    ]
-    assert kept_by(layout, shape, StaticMode("multi_diagonal", (1, 0)))[4] == [4, 10]
-    assert kept_by(layout, shape, StaticMode("multi_diagonal", (1, 1)))[6] == [0, 1, 6, 7]
-    assert kept_by(layout, shape, StaticMode("multi_diagonal", (0, 1)))[6] == [6, 7]
-    stripe = StaticMode("stripe", columns=((0.5, 0.0, 2 / 3),))
-    assert kept_by(layout, shape, stripe)[:2] == [[0, 8], [1, 8]]
-    assert kept_by(layout, shape, stripe)[8] == [8]
-
-
-def test_positions_are_the_simple_fractions_they_stand_for() -> None:
-    """In float32 0.7 is a little less than 7/10."""
-    layout = Layout.of(Video(1, 1, 320))
-    for tile in range(10):
-        mode = StaticMode("stripe", columns=((0.0, 0.0, tile / 10),))
-        assert kept_by(layout, (1, 1, 32), mode)[0] == sorted({0, tile})
-
-
-def test_a_second_segment_is_seen_from_the_proportional_place() -> None:
-    layout, shape = Layout.of(Video(1, 1, 64), Video(1, 1, 128)), (1, 1, 16)
-    kept = kept_by(layout, shape, StaticMode("diagonal"))
-    assert kept[:4] == [[0, 5], [1, 7], [2, 9], [3, 11]]  # tiles 4 to 11 are the second segment
-    assert kept[4:8] == [[0, 4], [0, 5], [1, 6], [1, 7]]
 
 
 def planted(layout: Layout, shape: TileShape, mode: StaticMode, seed: int) -> torch.Tensor:
@@ -274,28 +199,6 @@ def test_all_heads_skipped_is_nothing(executor: str) -> None:
     q, k, v = normal(3, 1, 1, 64, 64)
     out, lse, _ = attend(q, k, v, layout=layout, plan=plan, executor=executor)
     assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -math.inf).all())
-
-
-def test_full_is_density_one_and_densities_compare() -> None:
-    layout, shape = LAYOUTS["ragged"], (2, 4, 4)
-    assert mode_density(layout, shape, FULL) == kept_density(layout, shape, 1.0) == 1.0
-    assert mode_density(layout, shape, SKIP) == 0.0
-    wider = [mode_density(layout, shape, StaticMode("diagonal", (r, 0))) for r in range(4)]
-    assert wider == sorted(set(wider))
-
-
-def test_modes_come_back_from_tensors() -> None:
-    modes = (None, *MODES, StaticMode("stripe", columns=((0.1, 0.2, 0.7),)))
-    table, columns = encode_modes(modes)
-    assert table is not None and (table.dtype, table.shape) == (torch.int32, (9, 3))
-    assert columns is not None and (columns.dtype, columns.shape) == (torch.float32, (9, 2, 3))
-    assert table[0].tolist() == [0, 0, 0] and bool((columns[0] == -1).all())
-    assert table[1].tolist() == [KINDS.index("full") + 1, 0, 0]
-    assert decode_modes(table, columns) == modes
-    assert decode_modes(*encode_modes(modes, 5)) == modes
-    assert encode_modes((None, DIAGONAL))[1] is None
-    assert encode_modes(None) == (None, None) and decode_modes(None, None) is None
-    assert Plan(((1, 8, 8),) * 2, (0.2, 0.2), modes=(None, None)).modes is None
 
 
 def test_one_compiled_graph_with_a_mixed_plan() -> None:

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from random_programs import FLATTEN, GRIDDED, SEQUENCE, Program, Step
+from random_moves import FLATTEN, GRIDDED, SEQUENCE, Step
+from random_programs import Program
 from test_soundness_programs import check
 from torch import Tensor
 

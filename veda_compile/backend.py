@@ -14,9 +14,10 @@ from .binding import Binder, Bound, LayerMark
 from .calibrated_model import model_to_calibrate
 from .calibration import State
 from .dense_steps import REMEDY, StepInput, add_dense_steps
-from .earlier_graphs import EarlierGraphs, EarlierGrids, analyse_after
+from .earlier_graphs import EarlierGraphs, analyse_after
 from .graph_records import graph_record, note_use, require_sparse
-from .grids import FixedGrids, GivenGrids, GridTeller, PositionGrids, SymbolicGrids
+from .grid_choice import grid_teller
+from .grids import GridTeller
 from .handing_on import tagger
 from .inner import Compiled, compile_inner, fake_input
 from .kernels.plan import Plan
@@ -25,7 +26,6 @@ from .options import AUTO, Options
 from .passes.analyse import Finding
 from .passes.layers import matches
 from .passes.owned_graph import own_copy
-from .passes.positions import Evidence
 from .passes.rewrite import PlanInputs, Rewriter
 from .planner import Planner
 from .report import STORE, GraphRecord, SiteRecord
@@ -220,39 +220,6 @@ def input_checks(
     layouts = [finding.layout for finding, _ in accepted if finding.layout is not None]
     reads = {node for layout in layouts for node in layout.reads}
     return [KnownInput(gm, node, inputs) for node in reads]
-
-
-def grid_teller(
-    gm: fx.GraphModule,
-    finding: Finding,
-    tellers: dict[object, GridTeller],
-    earlier: EarlierGraphs | None,
-) -> GridTeller:
-    """The grid teller of a site; sites told alike share one."""
-    layout, sizes = finding.layout, finding.sizes
-    assert layout is not None and sizes is not None
-    fixed: Grids = tuple(run.grid for run in layout.videos if run.grid is not None)
-    key: object
-    if sizes.grids is None:
-        position, evidence = layout.position_input, layout.evidence
-        where = position and (
-            position.node, position.axis, position.part, position.rows, position.others,
-            position.batch,
-        )  # fmt: skip
-        key = (evidence, fixed, where)
-        if evidence is Evidence.EARLIER:
-            assert earlier is not None and finding.earlier is not None
-            return tellers.setdefault(
-                (key, finding.earlier), EarlierGrids(earlier, finding.earlier)
-            )
-        if evidence is Evidence.VALUES:
-            assert position is not None
-            return tellers.setdefault(key, PositionGrids(gm, position))
-        option = fixed if evidence is Evidence.OPTION else None
-        return tellers.setdefault(key, GivenGrids(gm, option, len(fixed), position))
-    if any(e.free_symbols for grid in sizes.expressions for e in grid):
-        return tellers.setdefault(sizes.expressions, SymbolicGrids(gm, sizes.expressions))
-    return tellers.setdefault(fixed, FixedGrids(fixed))
 
 
 def _bound(

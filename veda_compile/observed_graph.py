@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .backend import grid_teller, input_checks
+from .backend import input_checks
 from .binding import Check, LayerMark
 from .earlier_graphs import EarlierGraphs
+from .grid_choice import grid_teller
 from .grids import GridTeller
 from .kernels.layout import Layout
 from .kernels.op import completed_layout

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
-from .variants import EVERYTHING
+from benchmarks.measured_rows import Row, by_density, with_interval
 
-Row = dict[str, Any]
+from .variants import EVERYTHING
 
 
 def ablation_table(rows: Sequence[Row], clips: int) -> Table:
@@ -26,20 +25,16 @@ def ablation_table(rows: Sequence[Row], clips: int) -> Table:
     for column in ("kept", "error", "x with it (95 %)", "by head", "x (95 %)", "mass kept"):
         made.add_column(column, justify="right")
     made.add_column("the part")
-    last = None
-    for row in sorted(rows, key=lambda row: row["density"]):
-        if last not in (None, row["density"]):
-            made.add_section()
-        last = row["density"]
+    for row in by_density(rows, made):
         made.add_row(
             f"{row['density']:.2f}",
             row["variant"] + _against(row),
             row["part"],
             f"{row['kept']:.3f}",
             f"{row['error']:.4f}",
-            _ratio(row, "ratio"),
+            with_interval(row, "ratio", 3),
             f"{row['head_error']:.4f}",
-            _ratio(row, "head_ratio"),
+            with_interval(row, "head_ratio", 3),
             f"{row['retained_mass']:.3f}",
             row["verdict"],
         )
@@ -49,8 +44,3 @@ def ablation_table(rows: Sequence[Row], clips: int) -> Table:
 def _against(row: Row) -> str:
     usual = row["against"] in (EVERYTHING, row["variant"])
     return "" if usual else f" (to {row['against']})"
-
-
-def _ratio(row: Row, name: str) -> str:
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.3f} ({low:.3f}-{high:.3f})"

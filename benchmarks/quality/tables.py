@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
-Row = dict[str, Any]
+from benchmarks.measured_rows import Row, by_density, with_interval
 
 
 def attention_table(rows: Sequence[Row], clips: int) -> Table:
@@ -22,7 +21,7 @@ def attention_table(rows: Sequence[Row], clips: int) -> Table:
         made.add_column(f"{column} at {last:.2f}", justify="right")
     for name in dict.fromkeys(row["rule"] for row in rows):
         mine = {row["density"]: row for row in rows if row["rule"] == name}
-        errors = [_with_interval(mine[d], "error", 4) if d in mine else "-" for d in densities]
+        errors = [with_interval(mine[d], "error", 4) if d in mine else "-" for d in densities]
         made.add_row(name, *errors, *_details(mine.get(last)))
     return made
 
@@ -44,25 +43,16 @@ def clip_table(rows: Sequence[Row], clips: int) -> Table:
     made = Table(title=f"Clips against dense ones of the same seed, {clips} clips (95 %)")
     for column in ("density", "rule", "kept", "PSNR dB", "SSIM", "temporal difference error"):
         made.add_column(column, justify="left" if column == "rule" else "right")
-    last = None
-    for row in sorted(rows, key=lambda row: row["density"]):
-        if last not in (None, row["density"]):
-            made.add_section()
-        last = row["density"]
+    for row in by_density(rows, made):
         made.add_row(
             f"{row['density']:.2f}",
             row["rule"],
             f"{row['kept']:.3f}",
-            _with_interval(row, "psnr", 1),
-            _with_interval(row, "ssim", 3),
-            _with_interval(row, "temporal", 4),
+            with_interval(row, "psnr", 1),
+            with_interval(row, "ssim", 3),
+            with_interval(row, "temporal", 4),
         )
     return made
-
-
-def _with_interval(row: Row, name: str, digits: int) -> str:
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def _or_dash(value: float | None) -> str:
