@@ -26,7 +26,7 @@ class AttendConfig:
 
 # by (head_dim, tile_size); each compiles without register spills
 _HALF = {
-    (64, 64): AttendConfig(64, 64, 4, 3),
+    (64, 64): AttendConfig(64, 64, 4, 2),
     (64, 128): AttendConfig(128, 64, 8, 3),
     (96, 64): AttendConfig(64, 32, 4, 3),
     (96, 128): AttendConfig(128, 32, 8, 5),
@@ -36,29 +36,37 @@ _HALF = {
 # where the matrix unit reads operands from shared memory, registers are left for wider steps
 _HALF_FROM_SHARED = {
     (64, 64): AttendConfig(64, 64, 4, 3),
-    (64, 128): AttendConfig(128, 64, 8, 3),
+    (64, 128): AttendConfig(128, 64, 8, 5),
     (96, 64): AttendConfig(64, 64, 4, 3),
     (96, 128): AttendConfig(128, 64, 8, 5),
     (128, 64): AttendConfig(64, 64, 4, 3),
     (128, 128): AttendConfig(128, 64, 8, 5),
 }
+# 128 keys a step halve the rescaling of the output per key; registers are full, and so is the
+# shared memory, with three steps of keys and values in it
+_HALF_ON_HOPPER = _HALF_FROM_SHARED | {
+    (96, 128): AttendConfig(128, 128, 8, 5),
+    (128, 128): AttendConfig(128, 128, 8, 5),
+}
 # float32 products are three TF32 ones each, with both parts of each operand in registers
 _SINGLE = {
     64: AttendConfig(32, 32, 4, 2),
     96: AttendConfig(16, 32, 4, 2),
-    128: AttendConfig(32, 32, 8, 2),
+    128: AttendConfig(32, 16, 8, 2),
 }
 
 
 def attend_config(
-    head_dim: int, tile_size: int, dtype: torch.dtype, generation: int
+    head_dim: int, tile_size: int, dtype: torch.dtype, generation: int, wide: bool = False
 ) -> AttendConfig:
     """The forward kernel's launch for calls that `TritonExecutor.verify` accepts.
 
-    generation: see `gpu_generation`.
+    generation: see `gpu_generation`. wide: offsets take 64 bits, hence more registers.
     """
     if dtype == torch.float32:
         return _SINGLE[head_dim]
+    if generation == 9 and not wide:
+        return _HALF_ON_HOPPER[head_dim, tile_size]
     table = _HALF_FROM_SHARED if generation in (9, 10) else _HALF
     return table[head_dim, tile_size]
 
