@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.gpu.bars import bars_table
 from benchmarks.gpu.results import Record, Results
 from benchmarks.gpu.stages import STAGES
-from benchmarks.gpu.tables import Grid, tables
+from benchmarks.gpu.table import Grid
+from benchmarks.gpu.tables import tables
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
@@ -44,12 +46,12 @@ def page(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         for record in Results.load(path).records:
             if record["machine"]["device_type"] == "cuda":
-                key = (*_machine(record), record["stage"], record["case"])
+                key = (*_machine(record), *_case(record))
                 known = newest.get(key)
                 if known is None or known["date"] <= record["date"]:
                     newest[key] = record
     if not newest:
-        return _HEAD + _NOTHING
+        return _HEAD + _NOTHING + _bars([])
     by_machine: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in newest.values():
         by_machine[_machine(record)].append(record)
@@ -60,12 +62,33 @@ def page(folder: Path) -> str:
             found = [record for record in records if record["stage"] == stage]
             if found:
                 parts += [_markdown(table) for table in tables(stage, found)]
-    return "".join(parts)
+    return "".join(parts) + _bars(list(newest.values()))
+
+
+def _bars(records: list[Record]) -> str:
+    """The bars by device, of the newest record of each case whatever its commit."""
+    by_device: dict[str, dict[tuple[str, ...], Record]] = {}
+    for record in sorted(records, key=lambda record: str(record["date"])):
+        cases = by_device.setdefault(str(record["machine"]["device"]), {})
+        cases[_case(record)] = record
+    text = "\n## What is asked of the kernels\n\n"
+    if not by_device:
+        text += "Nothing is measured yet.\n" + _markdown(bars_table([]))
+    for device, cases in by_device.items():
+        commits = sorted({str(record["machine"]["commit"]) for record in cases.values()})
+        text += f"{device}; commits {', '.join(commits)}; the newest record of each case.\n"
+        text += _markdown(bars_table(list(cases.values())))
+    return text
 
 
 def _machine(record: Record) -> tuple[str, ...]:
     """What results must share to stand in one table."""
     return tuple(str(record["machine"][key]) for key in ("device", "commit", "torch", "triton"))
+
+
+def _case(record: Record) -> tuple[str, ...]:
+    """What only one record may show: a case with the executor that was asked for."""
+    return record["stage"], record["case"], str(record.get("requested"))
 
 
 def _heading(records: list[Record]) -> str:

@@ -62,11 +62,11 @@ def test_the_whole_command(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["stages"] == {"check": {"ok": 15}}
+    assert told["stages"] == {"check": {"ok": 30}}
     (file,) = tmp_path.glob("*abc1234.json")
     assert told["results"] == str(file)
     records = json.loads(file.read_text())["records"]
-    assert len(records) == 15
+    assert len(records) == 30
     for record in records:
         assert record["machine"]["commit"] == "abc1234" and record["date"]
     assert "Kernels against the reference" in done.stdout
@@ -100,7 +100,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, says, tmp_path):
 
 
 def test_a_layer_is_checked_and_timed(setting):
-    layer = attention._Layer(setting, SIZE)
+    layer = attention.Layer(setting, SIZE)
     sdpa = {"sdpa": lambda: torch.nn.functional.scaled_dot_product_attention}
     with mock.patch.object(attention, "baselines", lambda device: sdpa):
         dense = setting.results.add("attention", "dense", "ok", layer.dense())
@@ -120,7 +120,7 @@ def test_a_failed_check_rules_its_kernels_out(setting):
     config = check.config_name(SIZE.head_dim, 64, torch.float32)
     setting.results.add("check", f"ragged, {config}", "failed", {"error": "wrong"})
     with pytest.raises(SkippedError, match="ragged"):
-        attention._Layer(setting, SIZE).sparse(0.3)
+        attention.Layer(setting, SIZE).sparse(0.3)
 
 
 class Broken(ReferenceExecutor):

@@ -20,9 +20,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.bars import bars_table
 from benchmarks.gpu.machine import describe
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.stages import DEFAULT, STAGES
+from benchmarks.gpu.table import Grid
 from benchmarks.gpu.tables import tables
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -66,13 +68,18 @@ def main(
         options = ["--device", device, "--executor", executor, "--seed", str(seed)]
         results = _run(name, results, seconds, options + ["--smoke"] * smoke)
         for table in tables(name, list(results.of(name))):
-            shown = Table(*table.columns, title=table.title, caption=table.note or None)
-            for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
+            _print(console, table)
+    _print(console, bars_table(results.records))
     sys.stdout.write(json.dumps(_summary(results)) + "\n")
     failed = any(record["status"] == "failed" for record in results.records)
     raise typer.Exit(1 if failed else 0)
+
+
+def _print(console: Console, table: Grid) -> None:
+    shown = Table(*table.columns, title=table.title, caption=table.note or None)
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _path(folder: Path, about: dict[str, Any]) -> Path:

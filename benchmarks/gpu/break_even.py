@@ -1,4 +1,4 @@
-"""From which length on sparse attention is faster: the source of the default `min_tokens`."""
+"""From which length on sparse attention is faster; the cost model is fitted to it, among others."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ def _measure(setting: Setting, size: Size) -> dict[str, Any]:
     best = min(dense, key=lambda name: times[name].median)
     return {
         "tokens": size.tokens,
+        "grid": size.grid,
+        "text": size.text,
         "heads": size.heads,
+        "batch": size.batch,
+        "head_dim": size.head_dim,
         "density": DENSITY,
         "dtype": str(dtype).removeprefix("torch."),
         "tile": call.plan.tile_shapes[0],

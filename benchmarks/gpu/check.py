@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.plan_trials import plan_trials, sidecar_trials
 from benchmarks.gpu.stage import Job, Setting, WrongResultError
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.executors import Executor, Traits, choose_executor
@@ -31,6 +32,7 @@ class Trial:
     """One call to check; what it leaves unset is plain.
 
     lists: rewrites the reference's lists before attention. score: see `Plan`.
+    plan: in place of density, shapes and score.
     """
 
     name: str
@@ -48,11 +50,20 @@ class Trial:
     keep_all: bool | None = None
     channel_step: int = 1
     lists: Callable[[Selection], Selection] | None = None
+    plan: Plan | None = None
 
     @property
     def config(self) -> str:
-        """What a failure rules out for timing."""
+        """The choice of kernels."""
         return config_name(self.head_dim, self.tile_size, self.dtype)
+
+    @property
+    def case(self) -> str:
+        """Ends in `config` where a failure rules these kernels out for timing: not where it is of
+        what the timed calls do without."""
+        if self.plan is None and self.score == "closed_form":
+            return f"{self.name}, {self.config}"
+        return f"{self.config}: {self.name}"
 
 
 def config_name(head_dim: int, tile_size: int, dtype: torch.dtype) -> str:
@@ -63,7 +74,7 @@ def config_name(head_dim: int, tile_size: int, dtype: torch.dtype) -> str:
 def jobs(setting: Setting) -> Iterator[Job]:
     """One job per trial."""
     for trial in smoke_trials() if setting.smoke else trials():
-        yield Job(f"{trial.name}, {trial.config}", partial(check, setting, trial), 3.0)
+        yield Job(trial.case, partial(check, setting, trial), 3.0)
 
 
 def trials() -> Iterator[Trial]:
@@ -74,11 +85,13 @@ def trials() -> Iterator[Trial]:
         (torch.bfloat16, torch.float16, torch.float32), (128, 64, 96), (128, 64)
     ):
         yield Trial("ragged, text, batch 2", ragged, dtype, head_dim, size, batch=2)
+    yield from sidecar_trials(Trial("", ragged, torch.bfloat16), (9, 14, 30))
 
 
 def smoke_trials() -> Iterator[Trial]:
     """The features alone, tiny."""
     yield from _features(torch.float16, 64, 64, (2, 6, 9))
+    yield from sidecar_trials(Trial("", Layout.of(Video(2, 6, 9)), torch.float16), (3, 9, 14))
 
 
 def _features(
@@ -103,6 +116,7 @@ def _features(
     yield replace(plain, name="keep_all, False", keep_all=False)
     yield replace(plain, name="channels apart", channel_step=2)
     yield replace(plain, name="unequal and empty rows", lists=_unequal)
+    yield from plan_trials(plain, grid)
 
 
 def check(setting: Setting, trial: Trial) -> dict[str, Any]:
@@ -134,7 +148,8 @@ def check(setting: Setting, trial: Trial) -> dict[str, Any]:
 def make_call(trial: Trial, device: str, seed: int) -> AttentionCall:
     """Random numbers within buffers of NaN; keys that do not count are NaN too."""
     generator = torch.Generator().manual_seed(seed)
-    heads, dim, layout = len(trial.density), trial.head_dim, trial.layout
+    plan = trial.plan or _plan(trial, generator)
+    heads, dim, layout = plan.heads, trial.head_dim, trial.layout
 
     def tensor(count: int, tokens: int) -> torch.Tensor:
         step = trial.channel_step
@@ -154,15 +169,27 @@ def make_call(trial: Trial, device: str, seed: int) -> AttentionCall:
         valid = valid.to(device)
         for x in (k, v):
             x.masked_fill_(~valid[:, None, :, None], math.nan)
-    projection = None
-    if trial.score == "projection":
-        projection = 0.1 * torch.randn(2, heads, 3 * dim, dim, generator=generator)
-        projection = projection.to(device)
-    shapes = trial.shapes or (SHAPES[trial.tile_size],) * heads
-    plan = Plan(shapes, trial.density, trial.score, projection)
     flag = None if trial.keep_all is None else torch.tensor(trial.keep_all, device=device)
     scale = trial.scale or 1.0 / math.sqrt(dim)
-    return AttentionCall(q, k, v, layout, plan, scale, valid, flag)
+    return AttentionCall(q, k, v, layout, _on(plan, device), scale, valid, flag)
+
+
+def _plan(trial: Trial, generator: torch.Generator) -> Plan:
+    heads, dim, projection = len(trial.density), trial.head_dim, None
+    if trial.score == "projection":
+        projection = 0.1 * torch.randn(2, heads, 3 * dim, dim, generator=generator)
+    shapes = trial.shapes or (SHAPES[trial.tile_size],) * heads
+    return Plan(shapes, trial.density, trial.score, projection)
+
+
+def _on(plan: Plan, device: str) -> Plan:
+    """The plan with its weights on the device."""
+    weights = {
+        name: weight.to(device)
+        for name in ("projection", "factors")
+        if (weight := getattr(plan, name)) is not None
+    }
+    return replace(plan, **weights)
 
 
 def _check_lists(call: AttentionCall, executor: Executor) -> float:

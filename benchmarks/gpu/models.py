@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Model:
 
     build: the module, from the number of layers; inputs: of one step, from the grid.
     masked: the file of diffusers whose attention gets a key mask that is True everywhere.
+    densities: to time, most important first.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Model:
     build: Callable[[int], nn.Module]
     inputs: Callable[[Grid, torch.dtype], Inputs]
     masked: str | None = None
+    densities: tuple[float, ...] = (0.1, 0.05)
 
     def make(self, device: str, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
         """In eval mode, without gradients; rotary tables stay float32, as when loaded."""
@@ -50,12 +53,14 @@ def _wan(layers: int, **config: Any) -> nn.Module:
     return made
 
 
-def _wan_inputs(grid: Grid, dtype: torch.dtype, channels: int = 16, text: int = 4096) -> Inputs:
+def _wan_inputs(
+    grid: Grid, dtype: torch.dtype, channels: int = 16, text: int = 4096, batch: int = 1
+) -> Inputs:
     t, h, w = grid
     return {
-        "hidden_states": torch.randn(1, channels, t, 2 * h, 2 * w, dtype=dtype),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 512, text, dtype=dtype),
+        "hidden_states": torch.randn(batch, channels, t, 2 * h, 2 * w, dtype=dtype),
+        "timestep": torch.tensor([500] * batch),
+        "encoder_hidden_states": torch.randn(batch, 512, text, dtype=dtype),
         "return_dict": False,
     }
 
@@ -91,13 +96,25 @@ def _wan_1_3b(layers: int) -> nn.Module:
     return _wan(layers, num_attention_heads=12, ffn_dim=8960)
 
 
+def _wan_12b(layers: int) -> nn.Module:
+    """Of 12 billion parameters with 44 layers: Wan's architecture, other widths."""
+    return _wan(layers, num_attention_heads=32, ffn_dim=16384)
+
+
 MODELS = (
-    Model("wan2.1-14b 720p 81 frames", (21, 45, 80), 4, 40, _wan, _wan_inputs),
-    Model("wan2.1-1.3b 480p 81 frames", (21, 30, 52), 6, 30, _wan_1_3b, _wan_inputs),
+    Model("wan2.1-14b 720p 81 frames", (21, 45, 80), 4, 40, _wan, _wan_inputs,
+          densities=(0.05, 0.1, 0.2, 0.15)),
+    Model("12b class 245,760 tokens", (60, 64, 64), 2, 44, _wan_12b, _wan_inputs,
+          densities=(0.05, 0.1)),
+    Model("wan2.1-14b 720p 81 frames, batch 2", (21, 45, 80), 3, 40, _wan,
+          partial(_wan_inputs, batch=2), densities=(0.05, 0.1)),
     Model("hunyuanvideo 720p 129 frames", (33, 45, 80), 6, 60, _hunyuan, _hunyuan_inputs,
-          HUNYUAN),
+          HUNYUAN, densities=(0.1, 0.05)),
+    Model("wan2.1-1.3b 480p 81 frames", (21, 30, 52), 6, 30, _wan_1_3b, _wan_inputs,
+          densities=(0.1, 0.2, 0.05)),
     Model("wan2.1-1.3b 480p 81 frames, all", (21, 30, 52), 30, 30, _wan_1_3b, _wan_inputs),
 )  # fmt: skip
+"""Most important first."""
 
 
 def _tiny_wan(layers: int) -> nn.Module:

@@ -14,6 +14,7 @@ from benchmarks.gpu.stage import SkippedError
 from veda_compile.kernels.call import AttentionCall, Selection
 
 _WORKSPACE_BYTES = 128 * 2**20
+_FLASHINFER_ROWS = 32_768  # of all heads together: its plan's buffer of lengths
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def _flashinfer(call: AttentionCall, selection: Selection) -> Prepared:
     back = torch.argsort(tokens)
     batch, heads, length, head_dim = call.q.shape
     count = batch * heads
+    if count * len(order.sizes) > _FLASHINFER_ROWS:
+        raise SkippedError(f"flashinfer plans {_FLASHINFER_ROWS} rows of tiles, not more")
     kept = block_map(call, selection, order).flatten(0, 1)
     sizes = order.sizes.expand(count, -1).contiguous()
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=call.q.device)
@@ -105,6 +108,61 @@ def _fastvideo(call: AttentionCall, selection: Selection) -> Prepared:
     )
 
 
+def _cudnn(call: AttentionCall, selection: Selection) -> Prepared:
+    """cuDNN frontend's block-sparse attention: tiles of 64, padded."""
+    from cudnn import BSA
+
+    order = tile_order(call)
+    began = time.perf_counter()
+    counts, indices = lists_of_map(block_map(call, selection, order))
+    plan_ms = _milliseconds_since(began)
+    q, k, v = (order.sort(x) for x in (call.q, call.k, call.v))
+
+    def run() -> torch.Tensor:
+        out: torch.Tensor = BSA.block_sparse_attention_forward(
+            q,
+            k,
+            v,
+            indices,
+            block_sizes=order.sizes,
+            q2k_block_nums=counts,
+            sparse_block_size=64,
+            softmax_scale=call.scale,
+            layout="bhsd",
+        )["o_tensor"]
+        return out
+
+    return Prepared(run, order.restore, plan_ms)
+
+
+def _flash(call: AttentionCall, selection: Selection) -> Prepared:
+    """flash-attn-4's own block sparsity. It masks no padding: every tile must be whole."""
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    order = tile_order(call)
+    size = call.plan.tile_size
+    if not bool((order.sizes == size).all()):
+        raise SkippedError("flash-attn-4 takes whole tiles alone; FlexAttention on it takes all")
+    began = time.perf_counter()
+    counts, indices = lists_of_map(block_map(call, selection, order))
+    lists = BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+        block_size=(size, size),
+    )
+    plan_ms = _milliseconds_since(began)
+    q, k, v = (order.sort(x).transpose(1, 2) for x in (call.q, call.k, call.v))
+
+    def run() -> torch.Tensor:
+        out = flash_attn_func(q, k, v, softmax_scale=call.scale, block_sparse_tensors=lists)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return Prepared(run, order.restore, plan_ms)
+
+
 def _milliseconds_since(began: float) -> float:
     torch.cuda.synchronize()
     return round(1e3 * (time.perf_counter() - began), 3)
@@ -113,9 +171,11 @@ def _milliseconds_since(began: float) -> float:
 RIVALS = {
     rival.name: rival
     for rival in (
-        Rival("flashinfer", "flashinfer", None, _flashinfer),
+        Rival("cudnn block-sparse", "cudnn", 64, _cudnn),
         Rival("fastvideo-kernel", "fastvideo_kernel", 64, _fastvideo),
+        Rival("flash-attn-4 block-sparse", "flash_attn", 128, _flash),
         Rival("flex on flash-attn-4", "flash_attn", None, _flex_flash),
+        Rival("flashinfer", "flashinfer", None, _flashinfer),
     )
 }
 """By name."""

@@ -48,13 +48,17 @@ class Size:
         return self.batch * self.heads * self.tokens**2
 
 
+WAN_14B = Size("wan2.1-14b 720p 81 frames", (21, 45, 80), 40)
+LONG = Size("12b class 245,760 tokens", (60, 64, 64), 32)
+
 SIZES = (
-    Size("wan2.1-14b 720p 81 frames", (21, 45, 80), 40),
-    Size("wan2.1-1.3b 480p 81 frames", (21, 30, 52), 12),
-    Size("hunyuanvideo 720p 129 frames", (33, 45, 80), 24, text=256),
-    Size("12b class 245,760 tokens", (60, 64, 64), 32),
     Size("wan2.1-14b 720p 81 frames, batch 2", (21, 45, 80), 40, batch=2),
+    LONG,
+    WAN_14B,
+    Size("hunyuanvideo 720p 129 frames", (33, 45, 80), 24, text=256),
+    Size("wan2.1-1.3b 480p 81 frames", (21, 30, 52), 12),
 )
+"""Most important first."""
 
 SMOKE_SIZES = (Size("smoke", (3, 9, 22), 2, text=5, head_dim=64),)
 
@@ -83,11 +87,16 @@ def video_tensors(size: Size, dtype: torch.dtype, device: str, seed: int) -> Ten
     return q, k, v
 
 
+def plan_of(size: Size, density: float, tile_size: int | None = None) -> Plan:
+    """The plan as the backend would make it without a sidecar."""
+    tokens = math.prod(size.grid)
+    shape = least_padding_shape(size.layout, tile_size or tile_size_for(tokens))
+    return Plan.uniform(size.heads, shape, density)
+
+
 def call_of(
     size: Size, tensors: Tensors, density: float, tile_size: int | None = None
 ) -> AttentionCall:
     """The call as the backend would make it without a sidecar."""
-    tokens = math.prod(size.grid)
-    shape = least_padding_shape(size.layout, tile_size or tile_size_for(tokens))
-    plan = Plan.uniform(size.heads, shape, density)
+    plan = plan_of(size, density, tile_size)
     return AttentionCall(*tensors, size.layout, plan, 1.0 / math.sqrt(size.head_dim))
