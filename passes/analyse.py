@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from ..kernels.cost_model import Forecast
 from .attention_ops import provenance_rules
 from .call_dimensions import dimensions, is_symbolic, token_size
 from .chain_writes import written_on_the_way
@@ -28,7 +29,7 @@ from .provenance import Provenance
 from .reasons import Reason, Refusal
 from .sites import Operand, Site, find_sites
 from .token_map import TokenMap, token_map
-from .verdict import Dimensions, Policy, judge_call, judge_identity, judge_layer
+from .verdict import Dimensions, Policy, judge_call, judge_gain, judge_identity, judge_layer
 from .writes import Writes
 
 
@@ -39,6 +40,7 @@ class Finding:
     sizes: the layout in the graph's own sizes.
     unknown: operations of the whole graph that provenance could not follow.
     earlier: the site's number where the verdict rests on what earlier graphs tell.
+    forecast: how much faster it is to be sparse, where that was asked and is known.
     """
 
     site: Site
@@ -50,6 +52,7 @@ class Finding:
     refusal: Refusal | None
     unknown: tuple[str, ...] = ()
     earlier: int | None = None
+    forecast: Forecast | None = None
 
 
 def analyse(
@@ -204,7 +207,10 @@ def _examine(site: Site, scene: _Scene, policy: Policy, index: int) -> Finding:
     if refusal is None and (sizes is None or (split and is_symbolic(site))):
         refusal = Refusal(Reason.UNPROVEN_SIZES)
     validity = mask if isinstance(mask, KeyValidity) else None
-    return Finding(site, layer, dims, layout, sizes, validity, refusal)
+    expected = None
+    if refusal is None:
+        expected, refusal = judge_gain(layer, layout, dims, policy)
+    return Finding(site, layer, dims, layout, sizes, validity, refusal, forecast=expected)
 
 
 def _unpacked(x: Tracked, operand: Operand) -> Tracked:

@@ -28,7 +28,8 @@ class Reason(Enum):
     OUTPUT_USED = "the log-sum-exp or another extra output of the attention op is used"
     HEAD_DIM = "the executor does not take this head_dim"
     DTYPE = "the executor does not take this dtype or device"
-    TOO_FEW_TOKENS = "below `min_tokens`: dense attention is faster here"
+    TOO_FEW_TOKENS = "too short a video: dense attention is faster here"
+    DENSITY_TOO_HIGH = "so much is kept that dense attention is faster here"
     DENSE_LAYER = "named in option `dense_layers`"
     NO_PLAN = "the sidecar knows this layer's siblings but not this layer"
     LAYER_UNKNOWN = "the layer cannot be told, and the sidecar's plans differ from layer to layer"
@@ -47,6 +48,7 @@ HARMLESS = frozenset(
         Reason.TEXT_ONLY,
         Reason.ONE_FRAME,
         Reason.TOO_FEW_TOKENS,
+        Reason.DENSITY_TOO_HIGH,
         Reason.DENSE_LAYER,
     }
 )
@@ -109,6 +111,8 @@ _REMEDIES = {
     "DTYPE": "run the model in bfloat16 or float16, on a device of the executor, or choose "
     "another executor with options={'executor': ...}",
     "TOO_FEW_TOKENS": "options={'min_tokens': 0} goes sparse all the same",
+    "DENSITY_TOO_HIGH": "keep less by option `density`, or go sparse all the same by "
+    "options={'min_tokens': 0}",
     "DENSE_LAYER": "take the layer out of option `dense_layers`",
     "NO_PLAN": "make the sidecar anew for this model, so that it has a plan for every layer",
     "LAYER_UNKNOWN": _SAY_WHICH_LAYER,

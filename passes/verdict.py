@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels.cost_model import Forecast
 from ..kernels.executors import Answer
 from .dead import is_live, takes_output
 from .given import Given
@@ -18,15 +20,19 @@ from .sites import Site
 from .sizes import hint
 from .token_map import TokenMap
 
+_LEAST_DENSITY = 0.05
+"""Where less than this has to be kept for sparse to be faster, the video is too short."""
+
 
 @dataclass(frozen=True)
 class Policy:
     """What the user and the sidecar decide.
 
     given: the grids the user names, by option or `attach`. dense_layers: the option of this name.
-    min_tokens: video tokens below which a site stays dense. verify: can the executor run (device
-    type, dtype, head_dim)? plan: a refusal if there is no plan for (layer, heads, head_dim, heads
-    proven).
+    min_tokens: video tokens below which a site stays dense, where `forecast` does not decide that.
+    verify: can the executor run (device type, dtype, head_dim)? plan: a refusal if there is no plan
+    for (layer, heads, head_dim, heads proven). forecast: what to expect of a site that could run
+    sparse, None where nothing is known; None where the user has decided by tokens.
     """
 
     given: Given | None
@@ -34,6 +40,7 @@ class Policy:
     min_tokens: Callable[[str], int]
     verify: Callable[[str, torch.dtype, int, int], Answer]
     plan: Callable[[Layer, int, int, bool], Refusal | None]
+    forecast: Forecasting | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class Dimensions:
     requires_grad: bool
     heads_proven: bool
     mismatch: str | None
+
+
+Forecasting = Callable[[Layer, Dimensions, SiteLayout], Forecast | None]
+"""What to expect of a site; None where nothing is known."""
 
 
 def judge_identity(site: Site, tokens: TokenMap | None, unknown: Sequence[str]) -> Refusal | None:
@@ -116,8 +127,8 @@ def judge_call(
     if dims.requires_grad:
         return Refusal(Reason.REQUIRES_GRAD)
     video = sum(run.length for run in layout.videos)
-    if video < few:
-        return Refusal(Reason.TOO_FEW_TOKENS, f"{video} video tokens, break-even {few}")
+    if policy.forecast is None and video < few:
+        return _too_few(video, few)
     answer = policy.verify(dims.device, dims.dtype, dims.head_dim, video)
     if not answer.ok:
         usual = policy.verify(dims.device, dims.dtype, 64, video)
@@ -147,6 +158,43 @@ def judge_layer(layer: Layer, index: int, dims: Dimensions, policy: Policy) -> R
     if matches(layer.name, index, policy.dense_layers):
         return Refusal(Reason.DENSE_LAYER)
     return policy.plan(layer, dims.heads, dims.head_dim, dims.heads_proven)
+
+
+def judge_gain(
+    layer: Layer, layout: SiteLayout, dims: Dimensions, policy: Policy
+) -> tuple[Forecast | None, Refusal | None]:
+    """Is it to be faster sparse? For sites that nothing else keeps dense.
+
+    Decided once, by the sizes and plans at hand while the graph is compiled: a graph with dynamic
+    sizes keeps the verdict of the first ones.
+    """
+    if policy.forecast is None:
+        return None, None
+    video, few = sum(run.length for run in layout.videos), policy.min_tokens(dims.device)
+    expected = policy.forecast(layer, dims, layout)
+    if expected is None:
+        return None, _too_few(video, few) if video < few else None
+    if expected.worth:
+        return expected, None
+    told = f"{video} video tokens: sparse is predicted to run at {expected.gain:.2f}x of dense"
+    if not expected.measured:
+        told += ", a guess, as nothing was measured on such a device"
+    if expected.most_kept < _LEAST_DENSITY:
+        return expected, Refusal(Reason.TOO_FEW_TOKENS, told)
+    return expected, Refusal(
+        Reason.DENSITY_TOO_HIGH,
+        told,
+        f"keep less, options={{'density': {_rounded_down(expected.most_kept)}}} at most, or go "
+        "sparse all the same by options={'min_tokens': 0}",
+    )
+
+
+def _too_few(video: int, few: int) -> Refusal:
+    return Refusal(Reason.TOO_FEW_TOKENS, f"{video} video tokens, break-even {few}")
+
+
+def _rounded_down(share: float) -> float:
+    return math.floor(100 * share) / 100
 
 
 def _other_outputs_used(site: Site) -> bool:

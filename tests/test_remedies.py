@@ -241,6 +241,9 @@ def test_a_head_dim_the_executor_does_not_take(monkeypatch: pytest.MonkeyPatch) 
 def test_the_user_s_own_choices() -> None:
     few = changed(TOY, options={"min_tokens": "auto"})
     check("TOO_FEW_TOKENS", "options={'min_tokens': 0}", few, TOY)
+    long = changed(TOY, args=lambda: (latents((8, 16, 16)),), options={"min_tokens": "auto"})
+    low = changed(long, options={"min_tokens": "auto", "density": 0.1})
+    check("DENSITY_TOO_HIGH", "keep less", long, low)
     named = changed(TOY, options={"dense_layers": (0,)})
     check("DENSE_LAYER", "take the layer out of option `dense_layers`", named, TOY)
 

@@ -27,6 +27,7 @@ GRID: Grid = (4, 8, 12)
 SITE_KEYS = {
     "layer", "verdict", "reason", "explanation", "remedy", "layout", "evidence", "grid", "grids",
     "layers", "density", "tile_shapes", "executor", "score", "fingerprint", "calibration",
+    "predicted_gain", "measured",
 }  # fmt: skip
 
 

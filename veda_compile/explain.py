@@ -16,12 +16,15 @@ from .explain_subject import ExplainError, Subject
 from .graph_records import graph_record, note_use
 from .handing_on import tagger
 from .inner import Compiled
+from .kernels.cost_model import Forecast
 from .options import Options
 from .passes.analyse import Finding
+from .passes.layers import Layer
+from .passes.layout import SiteLayout
 from .passes.owned_graph import own_copy
 from .passes.sizes import example
 from .passes.subgraphs import output_value
-from .passes.verdict import Policy
+from .passes.verdict import Dimensions, Forecasting, Policy
 from .planner import Planner
 from .report import STORE, Report, SiteRecord, report, reset_report
 from .watching import watch_graph
@@ -127,9 +130,17 @@ def _policy(planner: Planner, device: str) -> Policy:
     policy = planner.policy()
     return replace(
         policy,
+        forecast=None if policy.forecast is None else _forecasting(policy.forecast, device),
         min_tokens=lambda _: policy.min_tokens(device),
         verify=lambda _, dtype, head_dim, tokens: policy.verify(device, dtype, head_dim, tokens),
     )
+
+
+def _forecasting(here: Forecasting, device: str) -> Forecasting:
+    def there(layer: Layer, dims: Dimensions, layout: SiteLayout) -> Forecast | None:
+        return here(layer, replace(dims, device=device), layout)
+
+    return there
 
 
 def _on_device(finding: Finding, device: str) -> Finding:

@@ -45,6 +45,9 @@ def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRe
         remedy=None if refusal is None else refusal.remedy,
         grid=None if video is None else video.grid,
     )
+    if finding.forecast is not None:
+        record.predicted_gain = round(finding.forecast.gain, 2)
+        record.measured = finding.forecast.measured
     if layout is not None:
         runs = [f"{'video' if run.grid else 'extra'} {run.length}" for run in layout.runs]
         before, after = ([f"context {n}"] if n else [] for n in (layout.before, layout.after))
@@ -86,7 +89,8 @@ def require_sparse(record: GraphRecord) -> None:
             for site in bad[:8]
         )
         raise StrictError(f"strict: {len(bad)} attention calls would stay dense: {lines}")
-    few = [site for site in record.sites if site.reason == Reason.TOO_FEW_TOKENS.name]
+    slower = (Reason.TOO_FEW_TOKENS.name, Reason.DENSITY_TOO_HIGH.name)
+    few = [site for site in record.sites if site.reason in slower]
     if few and not any(site.rewritten for site in record.sites):
         raise StrictError(
             f"strict: nothing was rewritten in graph {record.compile_id}: {few[0].name}: "

@@ -12,15 +12,17 @@ import torch
 from .errors import OptionsError, SidecarError
 from .grids import total_tokens
 from .kernels.break_even import break_even_tokens
+from .kernels.cost_model import Forecast, forecast, work_of
 from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan, least_padding_shape
 from .options import AUTO, DEFAULT_DENSITY, Options, tile_size_for
 from .passes.given import Given
 from .passes.layers import Layer
+from .passes.layout import SiteLayout
 from .passes.positions import Evidence
 from .passes.reasons import Reason, Refusal
-from .passes.verdict import Policy
+from .passes.verdict import Dimensions, Policy
 from .searched_modes import MOST_COLUMNS
 from .sidecar import LayerCard, Sidecar
 from .sidecar_weights import factors_of_rank
@@ -92,6 +94,7 @@ class Planner:
             ),
             verify=self._verify,
             plan=self._refuse_layer,
+            forecast=self._forecast if isinstance(minimum, str) else None,
         )
 
     def _given(self) -> Given | None:
@@ -114,6 +117,40 @@ class Planner:
             choose_executor(self._options.executor, traits)  # a named executor never gives way
             return Answer(True, "")
         return get_executor(executor_name("auto", device)).verify(traits)
+
+    def _forecast(self, layer: Layer, dims: Dimensions, layout: SiteLayout) -> Forecast | None:
+        """What to expect of a site with its plan, or with the mean of those it may get."""
+        videos = Layout(tuple(Video(*grid) for grid in layout.grids))
+        works = [
+            work_of(plan, videos, dims.batch, dims.head_dim)
+            for plan in self._plans_for(layer, dims, layout.grids)
+        ]
+        work = replace(
+            works[0],
+            queries=dims.tokens,
+            keys=dims.keys,
+            tiles=sum(work.tiles for work in works) / len(works),
+            kept=sum(work.kept for work in works) / len(works),
+        )
+        executor = executor_name(self._options.executor, dims.device)
+        return forecast(work, dims.device, dims.dtype, executor)
+
+    def _plans_for(self, layer: Layer, dims: Dimensions, grids: Grids) -> list[Plan]:
+        """The plan of a layer; those of all that it may be where that shows in its calls alone."""
+        card = self.card_by_name(layer.name)
+        cards = [] if self.sidecar is None else [card] if card else self.sidecar.model.layers
+        found = [
+            self.plan(c.name, c.heads, grids)
+            for c in cards
+            if (c.heads, c.head_dim) == (dims.heads, dims.head_dim)
+        ]
+        return found or [self._uniform(dims.heads, grids)]
+
+    def _uniform(self, heads: int, grids: Grids) -> Plan:
+        layout = Layout(tuple(Video(*grid) for grid in grids))
+        shape = least_padding_shape(layout, self._tile_size(total_tokens(grids)))
+        density = self._options.density or DEFAULT_DENSITY
+        return Plan.uniform(heads, shape, density, self.score)
 
     def _refuse_layer(
         self, layer: Layer, heads: int, head_dim: int, heads_proven: bool
@@ -171,10 +208,7 @@ class Planner:
         Factors are of `factor_rank`, so that plans of all layers fit one compiled graph.
         """
         if self.sidecar is None:
-            layout = Layout(tuple(Video(*grid) for grid in grids))
-            shape = least_padding_shape(layout, self._tile_size(total_tokens(grids)))
-            density = self._options.density or DEFAULT_DENSITY
-            return Plan.uniform(heads, shape, density, self.score)
+            return self._uniform(heads, grids)
         main = max(grids, key=math.prod)
         mean = self._options.density
         if self._options.sidecar == AUTO:

@@ -26,6 +26,8 @@ class SiteRecord:
     remedy: what the user can change where it stays dense. grid: of the last new call; grids: all
     seen. density: share of tile pairs really kept, mean over heads. tile_shapes: the shapes in
     use, most heads first. calibration: how far option `sidecar="auto"` is; None without it.
+    predicted_gain: dense over sparse time of the call as the cost model expects it, None where it
+    was not asked. measured: whether its costs were measured on such a device; else it is a guess.
     """
 
     layer: str | None
@@ -44,6 +46,8 @@ class SiteRecord:
     score: str | None = None
     fingerprint: str | None = None
     calibration: str | None = None
+    predicted_gain: float | None = None
+    measured: bool | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +78,8 @@ class SiteRecord:
             "score": self.score,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,
+            "predicted_gain": self.predicted_gain,
+            "measured": self.measured,
         }
 
 

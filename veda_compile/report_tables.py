@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from .report import GraphRecord, Report, SiteRecord
 
 _WIDTH = 120
+_COLUMNS = (
+    "graph", "layer", "verdict", "grid", "layout", "tiles", "density", "gain", "executor",
+)  # fmt: skip
+_GAINS = "gain: time of the dense attention call over that of the sparse one, as predicted."
+_GUESSED = " With ~ it is a guess: nothing was measured on such a device."
 
 
 def as_text(report: Report) -> str:
@@ -44,6 +49,9 @@ def renderable(report: Report) -> RenderableType:
     parts: list[RenderableType] = [graph_table(report)]
     if any(site.explanation for site in report.sites):
         parts.append(_explanations(report))
+    gains = [site.measured for site in report.sites if site.predicted_gain is not None]
+    if gains:
+        parts.append(_GAINS + ("" if all(gains) else _GUESSED))
     unknown = sorted({name for graph in report.graphs for name in graph.unknown})
     if unknown and not all(site.harmless for site in report.sites):
         parts.append(Text(f"Operations the analysis could not follow: {', '.join(unknown)}"))
@@ -61,7 +69,7 @@ def graph_table(report: Report) -> Table:
     """One row per attention call; layers that differ in numbers alone share a row."""
     models = {graph.model for graph in report.graphs if graph.model is not None}
     table = Table(title=_title(report, models), box=box.SQUARE)
-    for column in ("graph", "layer", "verdict", "grid", "layout", "tiles", "density", "executor"):
+    for column in _COLUMNS:
         table.add_column(column, overflow="fold")
     empty = [graph for graph in report.graphs if not graph.sites]
     for graph in report.graphs:
@@ -106,7 +114,7 @@ def _rows(graph: GraphRecord) -> list[tuple[str, ...]]:
 
 def _cells(site: SiteRecord) -> tuple[str, ...]:
     if not site.rewritten:
-        return f"dense: {site.reason}", _grid(site), site.layout or "", "", "", ""
+        return f"dense: {site.reason}", _grid(site), site.layout or "", "", "", _gain(site), ""
     tiles = " ".join("x".join(map(str, shape)) for shape in site.tile_shapes[:4])
     tiles += f" +{len(site.tile_shapes) - 4}" if len(site.tile_shapes) > 4 else ""
     density = "" if site.density is None else f"{site.density:.3f}"
@@ -116,8 +124,16 @@ def _cells(site: SiteRecord) -> tuple[str, ...]:
         site.layout or "",
         tiles,
         density,
+        _gain(site),
         str(site.executor),
     )
+
+
+def _gain(site: SiteRecord) -> str:
+    """The predicted gain; with ~ where it is a guess."""
+    if site.predicted_gain is None:
+        return ""
+    return f"{'' if site.measured else '~'}{site.predicted_gain:.1f}x"
 
 
 def _grid(site: SiteRecord) -> str:
