@@ -54,7 +54,7 @@ class Executor(Protocol):
         ...
 
 
-EXECUTOR_NAMES = ("reference", "cpu", "triton")
+EXECUTOR_NAMES = ("reference", "cpu", "triton", "hopper")
 
 
 def get_executor(name: str) -> Executor:
@@ -78,6 +78,17 @@ def get_executor(name: str) -> Executor:
                 "executor='reference'"
             ) from error
         return TritonExecutor()
+    if name == "hopper":
+        try:
+            from .hopper.executor import HopperExecutor
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "triton":
+                raise
+            raise ExecutorError(
+                "executor 'hopper': it needs Triton 3.6 or later with Gluon; install that, or give "
+                "executor='triton'"
+            ) from error
+        return HopperExecutor()
     raise ExecutorError(f"executor {name!r}: must be one of auto, {', '.join(EXECUTOR_NAMES)}")
 
 
@@ -90,6 +101,8 @@ def executor_name(requested: str, device: str) -> str:
 
 def choose_executor(requested: str, traits: Traits) -> Executor:
     """The executor for calls with `traits`; "auto" means "cpu" on CPU and "triton" elsewhere.
+
+    "hopper" has to be asked for by name, until it is shown to be the faster one on its GPUs.
 
     Raises ExecutorError when it cannot run such calls. Nothing else is tried in its place: what
     runs is what was asked for, or what "auto" is documented to mean.

@@ -173,7 +173,7 @@ def compile_job(job: Job) -> Compiled:
     target = GPUTarget("cuda", job.capability, 32)
     built = triton.compile(source, target=target, options=dict(job.options))
     cubin = built.asm["cubin"]
-    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _cuobjdump("-res-usage", cubin)))
+    usage = dict(re.findall(r"\b([A-Z]+):(\d+)", cuobjdump("-res-usage", cubin)))
     # disassembling costs more than compiling: only where wgmma exists and matters
     has_wgmma = job.kernel == "attend" and job.capability == 90
     return Compiled(
@@ -185,11 +185,11 @@ def compile_job(job: Job) -> Compiled:
         int(usage["REG"]),
         int(usage["STACK"]) + int(usage["LOCAL"]),
         built.metadata.shared,
-        len(re.findall(r"\bHGMMA\b", _cuobjdump("-sass", cubin))) if has_wgmma else 0,
+        len(re.findall(r"\bHGMMA\b", cuobjdump("-sass", cubin))) if has_wgmma else 0,
     )
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
+def cuobjdump(option: str, cubin: bytes) -> str:
     """What NVIDIA's tool, which comes with triton, says of machine code."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running_executors import EXECUTORS_HERE
 
 from veda_compile import Context, Extra, Layout, LayoutError, Plan, Video, sparse_attention
 from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.cpu_gather import gather_attend
-from veda_compile.kernels.executors import EXECUTOR_NAMES, execute
+from veda_compile.kernels.executors import execute
 from veda_compile.kernels.op import sparse_attention_v2
 from veda_compile.kernels.selection import select_tiles
 
@@ -23,7 +24,7 @@ LAYOUTS = pytest.mark.parametrize(
     ],
     ids=["first", "middle", "last", "between"],
 )
-EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
+EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTORS_HERE)
 SHAPE = (1, 4, 16)
 
 

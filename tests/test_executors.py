@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from naive_attention import boxes_of_tokens, naive_attention
 from random_calls import GUARD, TOLERANCE, bounds_of, calls, everything, guarded_outputs, poisoned
+from running_executors import EXECUTORS_HERE
 
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.errors import ExecutorError
@@ -103,7 +104,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_random_calls(name: str) -> None:
     executor = get_executor(name)
 
@@ -133,7 +134,7 @@ def plain_call(
     return AttentionCall(q, k, v, layout, Plan.uniform(heads, (1, 4, 16), density), 0.125)
 
 
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_density_one_is_dense_attention(name: str) -> None:
     call = plain_call(heads=4, density=1.0)
     out, lse, _ = execute(name, call)
@@ -145,7 +146,7 @@ def test_density_one_is_dense_attention(name: str) -> None:
     torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_extra_queries_are_exact_at_any_density(name: str) -> None:
     call = plain_call(density=0.01)
     out, _, _ = execute(name, call)
@@ -157,7 +158,7 @@ def test_extra_queries_are_exact_at_any_density(name: str) -> None:
     assert (out - right).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_autocast_does_not_reach_the_executor(name: str) -> None:
     call = plain_call()
     right, right_lse, chosen = execute(name, call)
@@ -167,7 +168,7 @@ def test_autocast_does_not_reach_the_executor(name: str) -> None:
     assert torch.equal(selection.counts, chosen.counts)
 
 
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_the_default_device_does_not_reach_the_executor(name: str) -> None:
     call = plain_call(density=0.31)
     with torch.device("meta"):
@@ -185,7 +186,7 @@ def test_executors_are_chosen_by_name_and_device() -> None:
         choose_executor("fast", traits)
 
 
-@pytest.mark.parametrize("name", EXECUTOR_NAMES)
+@pytest.mark.parametrize("name", EXECUTORS_HERE)
 def test_an_executor_refuses_what_it_cannot_run(name: str) -> None:
     with pytest.raises(ExecutorError, match=f"'{name}' cannot run here: .*float64"):
         choose_executor(name, Traits("cpu", torch.float64, 64, 64))

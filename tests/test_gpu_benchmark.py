@@ -24,6 +24,7 @@ from benchmarks.gpu.stage import SkippedError, WrongResultError
 from benchmarks.gpu.tables import tables
 from benchmarks.gpu.timing import Stopwatch
 from veda_compile.kernels.call import AttentionCall, Selection
+from veda_compile.kernels.errors import ExecutorError
 from veda_compile.kernels.reference import ReferenceExecutor
 from veda_compile.kernels.selection import select_tiles
 from veda_compile.kernels.tiles import tile_table
@@ -62,11 +63,11 @@ def test_the_whole_command(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["stages"] == {"check": {"ok": 30}}
+    assert told["stages"] == {"check": {"ok": 32}}
     (file,) = tmp_path.glob("*abc1234.json")
     assert told["results"] == str(file)
     records = json.loads(file.read_text())["records"]
-    assert len(records) == 30
+    assert len(records) == 32
     for record in records:
         assert record["machine"]["commit"] == "abc1234" and record["date"]
     assert "Kernels against the reference" in done.stdout
@@ -173,6 +174,26 @@ def test_check_runs_the_triton_kernels(setting, name):
     (trial,) = (trial for trial in check.smoke_trials() if trial.name == name)
     found = check.check(replace(setting, executor="triton"), trial)
     assert 0.0 < found["error"] < 4e-3
+
+
+@pytest.mark.parametrize("name", ["GQA", "stored by head"])
+def test_what_a_partial_executor_refuses_is_skipped(setting, name):
+    (trial,) = (trial for trial in check.smoke_trials() if trial.name == name)
+    with pytest.raises(SkippedError, match="'hopper' cannot run here: device cpu"):
+        check.check(replace(setting, executor="hopper"), trial)
+    with pytest.raises(ExecutorError, match="'triton' cannot run here"):
+        check.check(replace(setting, executor="triton"), replace(trial, head_dim=32))
+
+
+def test_two_executors_are_timed_on_the_same_lists(setting):
+    layer = attention._Layer(setting, SIZE)
+    with pytest.raises(SkippedError, match="'hopper' cannot run here"):
+        layer.beside("hopper", "triton", 0.3)
+    record = layer.beside("cpu", "reference", 0.3)
+    assert record["speedup"] == pytest.approx(
+        record["reference"]["median"] / record["cpu"]["median"], rel=0.01
+    )
+    assert max(record["errors"].values()) < 1e-5
 
 
 def test_tuning_launches_what_it_says(setting):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from running_executors import EXECUTORS_HERE
 
 from veda_compile import Context, Extra, Layout, Plan, PlanError, Video, sparse_attention
-from veda_compile.kernels.executors import EXECUTOR_NAMES
 
 LAYOUT = Layout.of(Extra(3), Video(2, 5, 13), Context(20), Video(1, 5, 13))
 PLAN = Plan(((1, 4, 16), (2, 2, 16)), (0.2, 0.35))
-EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
+EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTORS_HERE)
 
 
 def inputs(masked: bool = False) -> dict[str, torch.Tensor | None]:

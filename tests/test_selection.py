@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from naive_attention import naive_score
+from running_executors import EXECUTORS_HERE
 
 from veda_compile.kernels.budget import tiles_to_keep
 from veda_compile.kernels.call import AttentionCall, Selection
-from veda_compile.kernels.executors import EXECUTOR_NAMES, get_executor
+from veda_compile.kernels.executors import get_executor
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.scores import key_features, query_features, tile_scores
@@ -17,7 +18,7 @@ from veda_compile.kernels.statistics import tile_statistics
 from veda_compile.kernels.tiles import tile_table
 
 CPU = torch.device("cpu")
-EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
+EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTORS_HERE)
 ROW = (1, 1, 64)
 """A tile of one row of 64 columns: Video(1, n, 64) holds n of them, one after the other."""
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from mode_samples import DIAGONAL, FRAMES, FULL, SKIP, STRIPE, kept_by
 from naive_attention import boxes_of_tokens, naive_attention
+from running_executors import EXECUTORS_HERE
 
 from veda_compile import Context, Extra, Layout, Plan, Video, sparse_attention
 from veda_compile.kernels.call import AttentionCall
-from veda_compile.kernels.executors import EXECUTOR_NAMES, get_executor
+from veda_compile.kernels.executors import get_executor
 from veda_compile.kernels.plan import TileShape
 from veda_compile.kernels.static_modes import StaticMode
 
-EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTOR_NAMES)
+EVERY_EXECUTOR = pytest.mark.parametrize("executor", EXECUTORS_HERE)
 ON_CPU = pytest.mark.parametrize("executor", ["reference", "cpu"])
 """Triton's interpreter attends slowly: here it selects, test_executors.py has it attend."""
 

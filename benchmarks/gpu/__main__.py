@@ -42,7 +42,7 @@ def main(
     tune: Annotated[bool, typer.Option("--tune", help="The sweep of configurations too.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     smoke: Annotated[bool, typer.Option(help="Tiny sizes: does it run at all?")] = False,
-    executor: Annotated[str, typer.Option(help="auto, triton, cpu or reference.")] = "auto",
+    executor: Annotated[str, typer.Option(help="auto, triton, hopper, cpu or reference.")] = "auto",
     minutes: Annotated[float, typer.Option(help="For all stages together.")] = 9.0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = _FOLDER,
     commit: Annotated[str | None, typer.Option(help="Where there is no .git.")] = None,

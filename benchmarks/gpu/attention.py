@@ -25,21 +25,32 @@ from benchmarks.gpu.stage import Job, Setting, SkippedError, WrongResultError
 from benchmarks.gpu.timing import Stopwatch, Timing
 from veda_compile.functional import sparse_attention
 from veda_compile.kernels.call import AttentionCall
+from veda_compile.kernels.errors import ExecutorError
 from veda_compile.kernels.executors import Executor, Traits, choose_executor
 from veda_compile.kernels.plan import Plan
 
 DENSITIES = (0.1, 0.05, 0.2, 0.15, 1.0)
+BESIDE_DENSITIES = (0.1, 0.05)
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """By size: the dense baselines, then each density of ours."""
+    """By size: the dense baselines, then each density of ours.
+
+    Last come the executors that "auto" does not choose, beside the one it does.
+    """
     for size in SMOKE_SIZES if setting.smoke else SIZES:
         torch._dynamo.reset()  # or FlexAttention's compilations would reach the recompile limit
         layer = Layer(setting, size)
         yield Job(f"{size.name}, dense", layer.dense, 30.0)
         for density in DENSITIES:
             yield Job(f"{size.name}, density {density}", partial(layer.sparse, density), 10.0)
+        for density in BESIDE_DENSITIES:
+            yield Job(
+                f"{size.name}, hopper beside triton, density {density}",
+                partial(layer.beside, "hopper", "triton", density),
+                5.0,
+            )
         del layer
         forget_tensors(setting.device)
 
@@ -134,6 +145,29 @@ class Layer:
                 return found | {"profiler": str(reason)}
             found |= {"kernels": kernels, "steps": steps(kernels)}
         return found
+
+    def beside(self, name: str, other: str, density: float) -> dict[str, Any]:
+        """The attention of two executors in turn, on the lists of the second."""
+        call = self.call(density)
+        try:
+            executors = [self.executor(call, named) for named in (name, other)]
+        except ExecutorError as reason:
+            raise SkippedError(str(reason)) from reason
+        selection = executors[1].select(call)
+        errors = {
+            each.name: sampled_error(call, selection, each.attend(call, selection)[0])
+            for each in executors
+        }
+        pairs = kept_pairs(call, selection)
+        first, second = self.measure([partial(e.attend, call, selection) for e in executors])
+        return self.about() | {
+            "density": density,
+            "tile": call.plan.tile_shapes[0],
+            "errors": errors,
+            name: self.rated(first, pairs),
+            other: self.rated(second, pairs),
+            "speedup": round(second.median / first.median, 3),
+        }
 
     @cached_property
     def best_name(self) -> str:

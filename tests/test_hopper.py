@@ -1,0 +1,249 @@
+"""The Hopper kernel's own source, run in numpy, against the reference executor."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from gluon_in_numpy import Launcher
+from gluon_memory import Fault
+
+from veda_compile.kernels.call import AttentionCall, Selection
+from veda_compile.kernels.errors import ExecutorError
+from veda_compile.kernels.executors import Traits, choose_executor, executor_name
+from veda_compile.kernels.hopper import attend as module
+from veda_compile.kernels.hopper.executor import HopperExecutor
+from veda_compile.kernels.hopper.views import refusal
+from veda_compile.kernels.layout import Context, Extra, Layout, Video
+from veda_compile.kernels.plan import Plan
+from veda_compile.kernels.reference import ReferenceExecutor
+
+REFERENCE = ReferenceExecutor()
+TOLERANCE = 3e-3
+RAGGED = Layout.of(Video(3, 6, 13))
+TEXT = Layout.of(Extra(70), Video(3, 6, 13), Extra(130))
+MIXED = Layout.of(Context(5), Extra(3), Video(3, 6, 13), Extra(4), Context(150))
+WHOLE = Layout.of(Video(4, 8, 8))
+CUBE = {64: (4, 4, 4), 128: (4, 4, 8)}
+ROW = {64: (1, 4, 16), 128: (1, 8, 16)}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory holds NaN: what is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tensor(heads: int, tokens: int, head_dim: int, batch: int, by_head: bool, seed: int):
+    """(B, H, N, D) normal float16, in memory of NaN: (B, N, H, D) unless `by_head`."""
+    normal = torch.randn(
+        batch, heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed)
+    )
+    if by_head:
+        return normal.half()
+    buffer = torch.full((batch + 2, tokens + 3, heads + 1, head_dim + 16), torch.nan).half()
+    view = buffer[1:-1, 2:-1, :heads, 8:-8].transpose(1, 2)
+    return view.copy_(normal)
+
+
+def make_call(
+    layout: Layout, head_dim=64, tile=128, density=(0.5, 0.7), kv_heads=2, batch=1, by_head=False,
+    shapes=None,
+) -> AttentionCall:  # fmt: skip
+    heads = len(density)
+    q = tensor(heads, layout.query_length, head_dim, batch, by_head, 0)
+    k, v = (tensor(kv_heads, layout.length, head_dim, batch, by_head, seed) for seed in (1, 2))
+    plan = Plan(shapes or (CUBE[tile],) * heads, density)
+    return AttentionCall(q, k, v, layout, plan, 0.15)
+
+
+def unequal(selection: Selection) -> Selection:
+    """Lists cut to 0, 1, 2, ... tiles in turn; what is cut off holds a number out of range."""
+    width = selection.indices.shape[-1]
+    rows = torch.arange(selection.counts.shape[2], dtype=torch.int32)
+    counts = torch.minimum(selection.counts, rows % (width + 1))
+    past = torch.arange(width) >= counts[..., None]
+    return Selection(selection.indices.masked_fill(past, torch.iinfo(torch.int32).max), counts)
+
+
+def assert_right(
+    call: AttentionCall, selection: Selection, launcher: Launcher, stages=None
+) -> None:
+    configs = {k: replace(c, stages=stages or c.stages) for k, c in module.CONFIGS.items()}
+    assert refusal(call) is None
+    with (
+        mock.patch.object(module, "attend_kernel", launcher),
+        mock.patch.object(module, "CONFIGS", configs),
+    ):
+        out, lse = module.attend(call, selection)
+    assert launcher.programs and out.transpose(1, 2).is_contiguous()
+    right, right_lse = REFERENCE.attend(call, selection)
+    torch.testing.assert_close(out, right, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)
+
+
+CALLS = {
+    "ragged, 128": lambda: make_call(RAGGED, 128),
+    "ragged, 64 by 64": lambda: make_call(RAGGED, 64, 64),
+    "ragged, 128 by 64": lambda: make_call(RAGGED, 128, 64, batch=2),
+    "whole tiles": lambda: make_call(WHOLE, density=(1.0,), kv_heads=1),
+    "text, two shapes, batch 2": lambda: make_call(TEXT, batch=2, shapes=(CUBE[128], ROW[128])),
+    "text, two shapes, 64": lambda: make_call(TEXT, 128, 64, shapes=(CUBE[64], ROW[64])),
+    "context": lambda: make_call(MIXED, batch=2),
+    "heads apart": lambda: make_call(TEXT, batch=2, by_head=True),
+    "GQA": lambda: make_call(TEXT, tile=64, density=(0.2, 0.4, 0.6, 1.0), batch=2),
+    "GQA, heads apart": lambda: make_call(RAGGED, density=(0.2, 0.4), kv_heads=1, by_head=True),
+    "smaller than a tile": lambda: make_call(Layout.of(Video(1, 3, 5)), density=(0.5,), kv_heads=1),
+    "long and thin": lambda: make_call(
+        Layout.of(Video(130, 1, 2)), shapes=((128, 1, 1), (64, 1, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_agrees_with_the_reference(name: str) -> None:
+    call = CALLS[name]()
+    assert_right(call, REFERENCE.select(call), Launcher())
+
+
+@pytest.mark.parametrize("layout", [RAGGED, MIXED], ids=["video alone", "with text"])
+def test_rows_of_unequal_length_and_of_none(layout: Layout) -> None:
+    call = make_call(layout, tile=64, density=(0.6, 0.9))
+    selection = unequal(REFERENCE.select(call))
+    assert int(selection.counts.min()) == 0 < int(selection.counts.max())
+    assert_right(call, selection, Launcher())
+
+
+def test_fused_projections_and_shared_keys_are_read_in_place() -> None:
+    call = make_call(RAGGED)
+    both = torch.randn(1, RAGGED.length, 3, 2, 64).half()
+    q, k, v = both.unbind(2)
+    fused = replace(call, q=q.transpose(1, 2), k=k.transpose(1, 2), v=v.transpose(1, 2))
+    assert_right(fused, REFERENCE.select(fused), Launcher())
+    shared = replace(call, k=call.k[:, :1].expand_as(call.k), v=call.v[:, :1].expand_as(call.v))
+    assert_right(shared, REFERENCE.select(shared), Launcher())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stages", [2, 3])
+def test_roles_may_run_in_any_order(seed: int, stages: int) -> None:
+    call = mutation_call()
+    assert_right(call, REFERENCE.select(call), Launcher(1000 * seed), stages)
+
+
+def mutation_call() -> AttentionCall:
+    """More steps than stages, a ragged border, tokens of no grid."""
+    return make_call(Layout.of(Video(5, 8, 17), Extra(20)), density=(0.5,), kv_heads=1)
+
+
+WAIT_FULL = "mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)"
+MUTATIONS = {
+    "keys are not waited for": ("begin_logits", WAIT_FULL, "pass"),
+    "values are not waited for": ("begin_values", WAIT_FULL, "pass"),
+    "the wrong round is waited for": ("begin_values", "(step // STAGES) & 1", "0"),
+    "a stage is filled while in use": (
+        "load_step", "mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
+    "the parity of free stages": ("load_step", "& 1) ^ 1", "& 1)"),
+    "the bytes expected": ("load_step", "BLOCK_N * D * 2", "BLOCK_N * D * 4"),
+    "values are given back too early": (
+        "attend_rows",
+        "acc = warpgroup_mma_wait(0, deps=[acc])\n"
+        "            mbarrier.arrive(v_free.index((step - 1) % STAGES))",
+        "mbarrier.arrive(v_free.index((step - 1) % STAGES))\n"
+        "            acc = warpgroup_mma_wait(0, deps=[acc])"),
+    "logits are used too early": ("attend_rows", "wait(1, deps", "wait(2, deps"),
+    "values are never given back": (
+        "attend_rows", "mbarrier.arrive(v_free.index((step - 1) % STAGES))", "pass"),
+    "the turns' parity": ("attend_rows", "(step ^ group) & 1", "step & 1"),
+    "the turn is kept": ("attend_rows", "mbarrier.arrive(turns.index(1 - group))", "pass"),
+    "no fence": ("attend_rows", "fence_async_shared()", "pass"),
+    "the output is not waited for": ("attend_rows", "wait_for_stores(0)", "pass"),
+    "the last values are not waited for": (
+        "attend_rows", "wait(0, deps=[acc])\n\n", "wait(1, deps=[acc])\n\n"),
+    "no decay of the sum": ("attend_rows", "total * decay", "total"),
+    "the place of a tile": ("corner", "(line % tiles_h) * BOX[1]", "(line % tiles_h) * BOX[1] + 1"),
+    "the second group's share": ("share_of", "group * (BOX[0] - SHARE[0])", "group * BOX[0]"),
+    "a border column too many": ("hide_absent", "column % BOX[2] <", "column % BOX[2] <="),
+    "a text key too many": ("hide_absent", "there = column <", "there = column <="),
+    "an entry past the list": ("box_at", "mask=(step < listed)", "mask=(step <= listed)"),
+    "text is loaded a box late": (
+        "load_step", "(run - before_steps) *", "(run - before_steps + 1) *"),
+    "no fence after the barriers": (
+        "attend_kernel", "fence_async_shared()", "pass"),
+    "the barriers' count": (
+        "attend_kernel", "k_free.index(stage), GROUPS)", "k_free.index(stage), 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_faults_are_caught(name: str) -> None:
+    function, old, new = MUTATIONS[name]
+    call = mutation_call()
+    selection = REFERENCE.select(call)
+    past = torch.arange(selection.indices.shape[-1]) >= selection.counts[..., None]
+    selection.indices.masked_fill_(past, torch.iinfo(torch.int32).max)
+    launcher = Launcher(edits={function: (old, new)})
+    with pytest.raises(AssertionError):  # a Fault, or other numbers
+        assert_right(call, selection, launcher, stages=2)
+    assert issubclass(Fault, AssertionError)
+
+
+REFUSED = {
+    "key_valid": lambda c: replace(c, key_valid=torch.ones(1, c.k.shape[2], dtype=torch.bool)),
+    "2 video segments": lambda c: replace(c, layout=Layout.of(Video(1, 6, 13), Video(2, 6, 13))),
+    "scale -0.5": lambda c: replace(c, scale=-0.5),
+    "channels must be contiguous": lambda c: replace(c, q=c.q.mT.contiguous().mT),
+    "first element": lambda c: replace(c, k=torch.cat([c.k, c.k], -1)[..., 1:65]),
+    "token stride": lambda c: replace(
+        c, v=torch.zeros(1, 234, 132).half()[..., :128].unflatten(-1, (2, 64)).transpose(1, 2)),
+    "batch stride must be above": lambda c: replace(
+        c, **{n: getattr(c, n).expand(2, -1, -1, -1) for n in "qkv"}),
+    "heads must lie": lambda c: replace(
+        c, **dict.fromkeys("qkv", torch.zeros(2, 3, 234, 64).half()[:, :2])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_cannot_run_is_refused_by_name(reason: str) -> None:
+    call = REFUSED[reason](make_call(RAGGED))
+    assert reason in (refusal(call) or "")
+    selection = Selection(torch.empty(0), torch.empty(0))
+    with pytest.raises(ExecutorError, match=f"{reason}.*executor='triton' can"):
+        HopperExecutor().attend(call, selection)
+
+
+@pytest.mark.parametrize(
+    ("traits", "reason"),
+    [
+        (Traits("cpu", torch.float16, 128, 128), "device cpu is not cuda"),
+        (Traits("cuda", torch.float32, 128, 128), "dtype torch.float32"),
+        (Traits("cuda", torch.float16, 96, 128), "96/128 is not one of 64/64, 64/128"),
+        (Traits("cuda", torch.float16, 128, 32), "128/32 is not one of"),
+    ],
+)
+def test_traits_it_has_no_launch_for_are_refused(traits: Traits, reason: str) -> None:
+    with pytest.raises(ExecutorError, match=f"'hopper' cannot run here: .*{reason}"):
+        choose_executor("hopper", traits)
+
+
+def test_only_its_own_generation_of_gpus_will_do() -> None:
+    traits = Traits("cuda", torch.bfloat16, 128, 128)
+    for there, capability, ok in (
+        (False, None, False),
+        (True, (8, 9), False),
+        (True, (9, 0), True),
+    ):
+        with (
+            mock.patch.object(torch.cuda, "is_available", lambda there=there: there),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda c=capability: c),
+        ):
+            assert HopperExecutor().verify(traits).ok is ok
+
+
+def test_it_is_never_chosen_unasked() -> None:
+    assert executor_name("auto", "cuda") == "triton"
