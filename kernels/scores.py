@@ -6,25 +6,10 @@ all but "mean".
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .plan import Plan
 from .statistics import TileStatistics
-
-
-class Moments(NamedTuple):
-    """What one side's features are made of, each (B, h, n, D) float32.
-
-    second: E[x^2] of query tiles, the variance of key tiles. highest, lowest: for score
-    "projection", else None.
-    """
-
-    mean: torch.Tensor
-    second: torch.Tensor
-    highest: torch.Tensor | None
-    lowest: torch.Tensor | None
 
 
 def query_features(
@@ -33,27 +18,15 @@ def query_features(
     """(B, h, n, F) float32 features of query tiles; `scale` is folded in here."""
     if plan.score == "mean":
         return stats.mean * scale
-    moments = Moments(stats.mean, stats.second, stats.highest, stats.lowest)
-    return query_features_of(moments, plan, heads, scale)
+    centre, spread = _centre(stats, plan, heads, 0), _spread(stats.second, plan, heads, 0)
+    return torch.cat([centre * scale, spread * (0.5 * scale * scale)], dim=-1)
 
 
 def key_features(stats: TileStatistics, plan: Plan, heads: list[int]) -> torch.Tensor:
     """(B, h, n, F) float32 features of key tiles."""
     if plan.score == "mean":
         return stats.mean
-    moments = Moments(stats.mean, stats.variance, stats.highest, stats.lowest)
-    return key_features_of(moments, plan, heads)
-
-
-def query_features_of(moments: Moments, plan: Plan, heads: list[int], scale: float) -> torch.Tensor:
-    """`query_features` of scores "closed_form" and "projection"; heads: the h of the plan's."""
-    centre, spread = _centre(moments, plan, heads, 0), _spread(moments, plan, heads, 0)
-    return torch.cat([centre * scale, spread * (0.5 * scale * scale)], dim=-1)
-
-
-def key_features_of(moments: Moments, plan: Plan, heads: list[int]) -> torch.Tensor:
-    """`key_features` of scores "closed_form" and "projection"; heads: the h of the plan's."""
-    centre, spread = _centre(moments, plan, heads, 1), _spread(moments, plan, heads, 1)
+    centre, spread = _centre(stats, plan, heads, 1), _spread(stats.variance, plan, heads, 1)
     return torch.cat([centre, spread], dim=-1)
 
 
@@ -76,21 +49,20 @@ def tile_scores(
     return scores.masked_fill((key_rows == 0)[..., None, :], -torch.inf)
 
 
-def _centre(moments: Moments, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
+def _centre(stats: TileStatistics, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
     """The mean, or mean + [mean | max | min] P: a residual, so that P = 0 is the mean."""
     if plan.projection is None:
-        return moments.mean
-    if moments.highest is None or moments.lowest is None:
+        return stats.mean
+    if stats.highest is None or stats.lowest is None:
         raise AssertionError("score 'projection' needs tile extremes")
-    pooled = torch.cat([moments.mean, moments.highest, moments.lowest], dim=-1)
-    return moments.mean + pooled @ _of_heads(plan.projection[side], plan, heads, pooled.device)
+    pooled = torch.cat([stats.mean, stats.highest, stats.lowest], dim=-1)
+    return stats.mean + pooled @ _of_heads(plan.projection[side], plan, heads, pooled.device)
 
 
-def _spread(moments: Moments, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
-    """The second moments, through the plan's factors where it has any."""
+def _spread(second: torch.Tensor, plan: Plan, heads: list[int], side: int) -> torch.Tensor:
+    """The second moments (B, h, n, D), through the plan's factors where it has any."""
     if plan.factors is None:
-        return moments.second
-    second = moments.second
+        return second
     return second @ _of_heads(plan.factors[side], plan, heads, second.device)
 
 

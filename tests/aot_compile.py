@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,16 +30,30 @@ from veda_compile.kernels.call import AttentionCall
 from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.static_modes import StaticMode
-from veda_compile.kernels.triton import attend, choose, place, pool
+from veda_compile.kernels.triton import (
+    attend,
+    choose,
+    configs,
+    fused,
+    keys,
+    place,
+    pool,
+    project,
+    score,
+)
 from veda_compile.kernels.triton.configs import HEAD_DIMS, TILE_SIZES
 from veda_compile.kernels.triton.executor import TritonExecutor
 
 CAPABILITIES = (80, 90, 100)
 _KERNELS = {
     "attend": attend.attend_kernel,
+    "keys": keys.valid_keys_kernel,
     "choose": choose.choose_kernel,
     "place": place.place_kernel,
     "pool": pool.pool_kernel,
+    "project": project.project_kernel,
+    "score": score.score_kernel,
+    "score_choose": fused.score_choose_kernel,
 }
 _OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
@@ -96,6 +110,12 @@ def shipped_jobs(capability: int) -> list[Job]:
     ):
         for call in _calls():
             executor.attend(call, executor.select(call))
+        some = _call(Layout.of(Video(21, 45, 80)), Plan.uniform(16, (1, 8, 16), 0.1), 128)
+        valid = torch.empty(1, some.k.shape[2], dtype=torch.bool, device="meta")
+        executor.select(replace(some, key_valid=valid))
+        for call, most_fused in _counts_of_tiles():
+            with mock.patch.object(configs, "MOST_FUSED_COLUMNS", most_fused):
+                executor.select(call)
     return list(dict.fromkeys(_job(name, given, capability) for name, given in launches))
 
 
@@ -109,26 +129,46 @@ def _calls() -> Iterator[AttentionCall]:
     cube = (4, 4, 8)
     # float16 differs from bfloat16 in the instructions' types alone
     yield _call(layout, Plan.uniform(16, cube, 0.1), 128, torch.float16)
-    yield _call(layout, Plan.uniform(16, cube, 0.1, "mean"), 128, torch.bfloat16)
+    yield _call(layout, Plan.uniform(16, cube, 0.1, "mean"), 128)
     projection = torch.empty(2, 16, 384, 128, device="meta")
     trained = Plan((cube,) * 16, (0.1,) * 16, "projection", projection)
-    yield _call(layout, trained, 128, torch.bfloat16)
+    yield _call(layout, trained, 128)
     factors = torch.empty(2, 16, 128, 16, device="meta")
     modes = (None, StaticMode("diagonal", (2, 0)), StaticMode("full"), StaticMode("skip")) * 4
     mixed = Plan((cube,) * 16, (0.1,) * 16, factors=factors, modes=modes)
-    yield _call(layout, mixed, 128, torch.bfloat16)
+    yield _call(layout, mixed, 128)
     # reading a meta tensor raises: that the host does not wait for the flag shows here too
     flag = torch.empty((), dtype=torch.bool, device="meta")
     cached = Layout.of(Context(1024), *layout.segments)
-    yield _call(cached, Plan.uniform(16, cube, 0.1), 128, torch.bfloat16, flag)
-    yield _call(cached, mixed, 128, torch.bfloat16, flag)
+    yield _call(cached, Plan.uniform(16, cube, 0.1), 128, keep_all=flag)
+    yield _call(cached, mixed, 128, keep_all=flag)
+
+
+def _counts_of_tiles() -> Iterator[tuple[AttentionCall, int]]:
+    """Calls to select for with 16 to 4,096 tiles and every width of features, and how many columns
+    of scores may stay in registers: as it ships, and as many as there are launches for."""
+    shipped, shape = configs.MOST_FUSED_COLUMNS, (1, 8, 16)
+    for tiles in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
+        call = _call(Layout.of(Video(1, 8, 16 * tiles)), Plan.uniform(16, shape, 0.1), 128)
+        yield call, shipped
+        if shipped < tiles <= 512:
+            yield call, 512
+    few = Layout.of(Video(1, 8, 16 * shipped))
+    modes = (None, StaticMode("full")) * 8
+    flag = torch.empty((), dtype=torch.bool, device="meta")
+    for head_dim, rank in zip(HEAD_DIMS, (1, 24, 128), strict=True):
+        factors = torch.empty(2, 16, head_dim, rank, device="meta")
+        projection = torch.empty(2, 16, 3 * head_dim, head_dim, device="meta")
+        mixed = Plan((shape,) * 16, (0.1,) * 16, "projection", projection, factors, modes)
+        yield _call(few, mixed, head_dim, keep_all=flag), shipped
+        yield _call(few, Plan.uniform(16, shape, 0.1, "mean"), head_dim, torch.float32), shipped
 
 
 def _call(
     layout: Layout,
     plan: Plan,
     head_dim: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.bfloat16,
     keep_all: torch.Tensor | None = None,
 ) -> AttentionCall:
     q, k, v = (
@@ -143,7 +183,8 @@ def _job(kernel: str, given: dict[str, Any], capability: int) -> Job:
     signature, constants, divisible = [], [], []
     for parameter in _KERNELS[kernel].params:
         value = given[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue
@@ -154,7 +195,7 @@ def _job(kernel: str, given: dict[str, Any], capability: int) -> Job:
             signature.append((parameter.name, "fp32"))
         else:
             signature.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 divisible.append(parameter.name)
     options = tuple((name, given[name]) for name in _OPTIONS if name in given)
     return Job(kernel, capability, tuple(signature), tuple(constants), tuple(divisible), options)

@@ -3,6 +3,7 @@
 Compiled and interpreted kernels cannot share a process: one subprocess compiles them all.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ def compiled(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(result.read_text())
@@ -37,7 +38,16 @@ def compiled(tmp_path_factory):
 def test_every_kernel_and_shape_was_compiled(compiled):
     for capability in _SHARED_MEMORY:
         of_one = [item for item in compiled if item["capability"] == capability]
-        assert {item["kernel"] for item in of_one} == {"attend", "choose", "place", "pool"}
+        assert {item["kernel"] for item in of_one} == {
+            "keys",
+            "attend",
+            "choose",
+            "place",
+            "pool",
+            "project",
+            "score",
+            "score_choose",
+        }
         shapes = {
             (item["dtype"], item["constants"]["HEAD_DIM"], item["constants"]["TILE"])
             for item in of_one
@@ -48,15 +58,29 @@ def test_every_kernel_and_shape_was_compiled(compiled):
 
 
 def test_selection_is_compiled_with_and_without_the_flag(compiled):
-    for kernel in ("choose", "place"):
+    for kernel in ("choose", "place", "score_choose"):
         flags = {item["constants"]["FLAGGED"] for item in compiled if item["kernel"] == kernel}
         assert flags == {True, False}
 
 
 def test_statistics_are_compiled_for_all_heads_and_for_some(compiled):
-    for kernel in ("choose", "pool"):
+    for kernel in ("choose", "pool", "score", "score_choose"):
         picked = {item["constants"]["PICKED"] for item in compiled if item["kernel"] == kernel}
         assert picked == {True, False}
+
+
+def test_every_count_of_tiles_was_compiled(compiled):
+    """Up to 256 in registers as it ships, and up to 512 if that is asked for."""
+    for kernel, wanted in (
+        ("score_choose", {16, 32, 64, 128, 256, 512}),
+        ("choose", {512, 1024, 2048, 4096}),
+    ):
+        found = [
+            (item["capability"], item["constants"]["COLUMNS"])
+            for item in compiled
+            if item["kernel"] == kernel
+        ]
+        assert set(found) == set(itertools.product(_SHARED_MEMORY, wanted))
 
 
 def test_no_register_spills(compiled):

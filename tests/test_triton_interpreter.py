@@ -1,6 +1,5 @@
 """The Triton kernels in Triton's interpreter, against the reference executor."""
 
-import itertools
 import math
 
 import numpy as np
@@ -12,35 +11,29 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
+from triton_calls import (  # noqa: E402, F401
+    MIXED_LAYOUT,
+    MIXED_PLAN,
+    REFERENCE,
+    TRITON,
+    check_select,
+    in_nan,
+    make_call,
+    poisoned_memory,
+    some_valid,
+)
 
 from veda_compile.kernels.call import AttentionCall, Selection  # noqa: E402
 from veda_compile.kernels.executors import Traits  # noqa: E402
-from veda_compile.kernels.layout import Context, Extra, Layout, Video  # noqa: E402
+from veda_compile.kernels.layout import Extra, Layout, Video  # noqa: E402
 from veda_compile.kernels.op import sparse_attention_v2  # noqa: E402
 from veda_compile.kernels.plan import Plan  # noqa: E402
-from veda_compile.kernels.reference import ReferenceExecutor  # noqa: E402
 from veda_compile.kernels.triton import attend  # noqa: E402
-from veda_compile.kernels.triton.choose import choose  # noqa: E402
 from veda_compile.kernels.triton.configs import AttendConfig  # noqa: E402
-from veda_compile.kernels.triton.executor import TritonExecutor  # noqa: E402
-from veda_compile.kernels.triton.tables import (  # noqa: E402
-    budget_table,
-    key_rows,
-    layer_tables,
-)
 
 # exp2 and the order of sums; half types also round the weights (bfloat16: truncated when cast)
 TOLERANCE = {float32: 4e-6, float16: 3e-3, torch.bfloat16: 2.4e-2}
-REFERENCE, TRITON = ReferenceExecutor(), TritonExecutor()
 NOTHING = torch.iinfo(torch.int32).max
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, or the largest integer: what is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -70,38 +63,6 @@ def whole_tiles(monkeypatch):
     monkeypatch.setattr(attend, "attend_config", config)
 
 
-def in_nan(*shape, dtype, channel_step=1):
-    """Random numbers (B, H, N, D) as a strided view into a larger buffer of NaN."""
-    batch, heads, tokens, head_dim = shape
-    steps = (tokens + 3, heads + 1, head_dim * channel_step + 8)
-    buffer = torch.full((batch + 2, *steps), math.nan, dtype=dtype)
-    inner = buffer[1:-1, 2:-1, :heads, 4 : 4 + head_dim * channel_step : channel_step]
-    view = inner.transpose(1, 2)
-    view.copy_(torch.randn(shape))
-    return view
-
-
-def make_call(
-    layout,
-    plan,
-    head_dim=64,
-    dtype=float32,
-    batch=1,
-    kv_heads=1,
-    key_valid=None,
-    scale=None,
-    seed=0,
-):
-    torch.manual_seed(seed)
-    q = in_nan(batch, plan.heads, layout.query_length, head_dim, dtype=dtype)
-    k, v = (in_nan(batch, kv_heads, layout.length, head_dim, dtype=dtype) for _ in range(2))
-    if key_valid is not None:
-        hidden = ~key_valid[:, None, :, None]
-        k.masked_fill_(hidden, math.nan)
-        v.masked_fill_(hidden, math.nan)
-    return AttentionCall(q, k, v, layout, plan, scale or head_dim**-0.5, key_valid)
-
-
 def check_attend(call, selection):
     out, lse = TRITON.attend(call, selection)
     wanted_out, wanted_lse = REFERENCE.attend(call, selection)
@@ -110,18 +71,6 @@ def check_attend(call, selection):
     torch.testing.assert_close(lse, wanted_lse, atol=1e-5, rtol=1e-5)
     assert out.transpose(1, 2).is_contiguous()
     return out, lse
-
-
-def check_select(call):
-    """The same lists as the reference, and lists any executor can run."""
-    selection = TRITON.select(call)
-    wanted = REFERENCE.select(call)
-    assert selection.indices.dtype == selection.counts.dtype == torch.int32
-    assert torch.equal(selection.counts, wanted.counts)
-    for place in itertools.product(*(range(side) for side in wanted.counts.shape)):
-        count = int(wanted.counts[place])
-        assert selection.indices[place][:count].tolist() == wanted.indices[place][:count].tolist()
-    return selection
 
 
 SHAPES = {64: (2, 4, 8), 128: (4, 4, 8)}
@@ -144,19 +93,6 @@ def test_attend_as_launched_on_hopper(monkeypatch, head_dim):
     check_attend(call, REFERENCE.select(call))
 
 
-MIXED_LAYOUT = Layout.of(
-    Context(2), Extra(3), Video(3, 4, 9), Extra(70), Video(2, 5, 8), Context(66), Extra(1)
-)
-MIXED_PLAN = Plan(((2, 4, 8), (1, 8, 8), (2, 4, 8), (4, 4, 4)), (0.3, 0.5, 1.0, 0.2))
-
-
-def some_valid(batch, layout):
-    """Random keys, and none at all in the first 60 tokens of the last batch element."""
-    valid = torch.rand(batch, layout.length, generator=torch.Generator().manual_seed(1)) < 0.7
-    valid[-1, :60] = False
-    return valid
-
-
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("padded", [False, True])
 def test_attend_with_everything_at_once(padded):
@@ -164,44 +100,6 @@ def test_attend_with_everything_at_once(padded):
     plan = Plan(MIXED_PLAN.tile_shapes[:2], (0.3, 0.5))
     call = make_call(MIXED_LAYOUT, plan, batch=2, kv_heads=1, key_valid=valid)
     check_attend(call, REFERENCE.select(call))
-
-
-def test_select_with_a_shape_and_density_per_head():
-    check_select(make_call(MIXED_LAYOUT, MIXED_PLAN, kv_heads=2))
-
-
-@pytest.mark.parametrize("score", ["closed_form", "mean", "projection"])
-def test_select_by_each_score(score):
-    torch.manual_seed(3)
-    projection = 0.1 * torch.randn(2, 2, 288, 96) if score == "projection" else None
-    plan = Plan(MIXED_PLAN.tile_shapes[:2], MIXED_PLAN.density[:2], score, projection)
-    valid = some_valid(1, MIXED_LAYOUT)
-    check_select(make_call(MIXED_LAYOUT, plan, 96, key_valid=valid))
-
-
-def test_select_by_batch_element():
-    layout = Layout.of(Video(4, 4, 16))
-    valid = some_valid(2, layout)
-    call = make_call(layout, Plan.uniform(1, (2, 4, 8), 0.5), 96, batch=2, key_valid=valid)
-    selection = check_select(call)
-    assert not torch.equal(selection.indices[0], selection.indices[1])
-
-
-def test_equal_scores_go_to_the_lower_tile():
-    layout, shapes = Layout.of(Video(2, 4, 40)), ((2, 4, 8),)
-    scores = torch.tensor([0.0, -0.0, -0.0, 0.0, -1.0]).repeat(1, 1, 5, 1)
-    tables = layer_tables(layout, shapes, scores.device)
-    budgets, width = budget_table(layout, shapes, (0.4,), tables.most_tiles, scores.device)
-    selection = Selection(*(torch.empty(1, 1, 5, *w, dtype=torch.int32) for w in ((width,), ())))
-    choose(scores, False, key_rows(tables, None), tables, budgets, selection)
-    assert selection.indices[0, 0].tolist() == [[0, 1], [0, 1], [0, 2], [0, 3], [0, 4]]
-    assert (selection.counts == 2).all()
-
-
-def test_wide_selection_keeps_the_best():
-    """More tiles than one warp has threads."""
-    layout = Layout.of(Video(1, 8, 8 * 33))
-    check_select(make_call(layout, Plan.uniform(1, (1, 8, 8), 0.2)))
 
 
 @pytest.mark.usefixtures("whole_tiles")

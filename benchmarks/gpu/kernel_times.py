@@ -10,7 +10,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = {"attend": "attend", "choose": "selection"}
-"""Step by a part of its kernels' names; every other kernel makes statistics and scores."""
+"""Step by a part of its kernels' names; every other kernel makes statistics and scores. One that
+scores and chooses at once counts as selection."""
 
 
 def kernel_times(function: Callable[[], object], runs: int = 2) -> dict[str, float]:

@@ -77,11 +77,48 @@ def gpu_generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def pool_warps(head_dim: int, tile_size: int) -> int:
-    """Warps for pooling one tile: about 64 elements of it per thread."""
-    return 4 if head_dim == 64 or tile_size == 64 else 8
+def pool_warps(tile_size: int) -> int:
+    """Warps for pooling one tile: at most 64 elements of it per thread, read again when needed."""
+    return tile_size // 16
 
 
 def choose_warps(columns: int) -> int:
     """Warps for choosing among `columns` scores: about 16 of them per thread."""
     return min(max(columns // 512, 1), 16)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """How a kernel of feature products is launched.
+
+    rows, columns: of the product, per program (query tiles, and key tiles or features); block_f:
+    features per step, a divisor of `FEATURE_STEP`.
+    """
+
+    rows: int
+    columns: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
+FEATURE_STEP = 32
+"""The number of features of a tile is a multiple of this, as head_dim is."""
+
+WORKSPACE_BYTES = 64 * 2**20
+"""What features and scores may take at a time. They always take one line's features and the rows of
+its scores that one program makes."""
+
+# each product is three TF32 ones
+SCORE_CONFIG = ProductConfig(64, 64, 32, 4, 3)
+PROJECT_CONFIG = ProductConfig(32, 128, 16, 4, 3)
+
+MOST_FUSED_COLUMNS = 256
+"""Up to so many key tiles scores stay in registers, with two or three programs on a multiprocessor.
+Above, one program fills it and waits alone at every halving, which should cost more than sending
+scores through the L2 cache; not measured. `fused_config` has launches up to 512."""
+
+
+def fused_config(columns: int) -> ProductConfig:
+    """The launch that scores and chooses in one, for up to 512 columns, a power of two."""
+    return ProductConfig(16, columns, 16, max(columns // 32, 1), 3)

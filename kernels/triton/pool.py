@@ -7,128 +7,185 @@ import torch
 import triton
 import triton.language as tl
 
+from ..call import AttentionCall
 from .configs import pool_warps
-from .tables import LayerTables
+from .lines import SIZES, Lines, line_head
+from .tables import KeyRows, LayerTables
 
 
 @triton.jit
+def _pool_tile(
+    x,
+    rows,
+    out,
+    x_token,
+    x_channel,
+    mean_factor,
+    moment_factor,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    MOMENT: tl.constexpr,
+    EXTREMES: tl.constexpr,
+):
+    """Write the statistics of the given rows of x, which stay in registers for both passes."""
+    counted = rows >= 0
+    channels = tl.arange(0, PADDED_DIM)
+    mask = counted[:, None] & (channels < HEAD_DIM)[None, :]
+    at = rows.to(tl.int64)[:, None] * x_token + channels.to(tl.int64)[None, :] * x_channel
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+    count = tl.sum(counted.to(tl.int32), 0)
+    divisor = tl.maximum(count, 1).to(tl.float32)
+    mean = tl.sum(values, 0) / divisor
+    real = channels < HEAD_DIM
+    tl.store(out + channels, mean * mean_factor, mask=real)
+    if EXTREMES:
+        highest = tl.max(tl.where(mask, values, -float("inf")), 0)
+        lowest = tl.min(tl.where(mask, values, float("inf")), 0)
+        tl.store(out + HEAD_DIM + channels, tl.where(count > 0, highest, 0.0), mask=real)
+        tl.store(out + 2 * HEAD_DIM + channels, tl.where(count > 0, lowest, 0.0), mask=real)
+    if MOMENT == "second":
+        second = tl.sum(values * values, 0) / divisor
+        tl.store(out + FEATURES - HEAD_DIM + channels, second * moment_factor, mask=real)
+    elif MOMENT == "variance":
+        # a second pass: E[x^2] - E[x]^2 cancels badly on keys with a large mean
+        # (which reads the rows again, near as they are: held, they would cost half the occupancy)
+        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, values - mean[None, :], 0.0)
+        variance = tl.sum(centred * centred, 0) / divisor
+        tl.store(out + FEATURES - HEAD_DIM + channels, variance * moment_factor, mask=real)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
-    x_ptr,
-    rows_ptr,
+    q_ptr,
+    k_ptr,
+    query_rows_ptr,
+    key_rows_ptr,
     first_ptr,
     starts_ptr,
     heads_ptr,
     out_ptr,
-    x_batch,
-    x_head,
-    x_token,
-    x_channel,
+    q_batch,
+    q_head,
+    q_token,
+    q_channel,
+    k_batch,
+    k_head,
+    k_token,
+    k_channel,
     rows_batch,
-    head_repeat,
+    kv_repeat,
+    scored_heads,
     segments,
     most_tiles,
+    first_line,
+    lines,
     mean_factor,
     moment_factor,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
-    MOMENT: tl.constexpr,
+    SECOND: tl.constexpr,
     EXTREMES: tl.constexpr,
     PICKED: tl.constexpr,
 ):
-    """One program pools one tile of one head; the tile stays in registers for both passes.
+    """One program pools one tile of the queries (axis 1 is 0) or of the keys (1) of one line.
 
-    x: (B, Hx, N, D), head h reading x's head h // head_repeat. PICKED: the h-th of the pooled heads
-    is heads[h], not h. out: (B, h, n, FEATURES) float32, contiguous: the mean, then with EXTREMES
-    the maximum and the minimum, then by MOMENT nothing ("none"), E[x^2] ("second") or the variance
-    ("variance"). Tiles without rows give zeros.
+    q: (B, H, Nq, D); k: (B, Hkv, Nk, D). out: (2, lines, n, FEATURES) float32, contiguous: the
+    mean, then with EXTREMES the maximum and the minimum, then with SECOND the second moment, E[x^2]
+    of queries and the variance of keys. The factors are on the mean and the second moment of
+    queries. Tiles without rows give zeros. Neighbouring programs are heads, whose rows lie side by
+    side in most models. Lines: see `lines`.
     """
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    if PICKED:
-        head = tl.load(heads_ptr + head)
-    batch = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) % lines
+    tile = tl.program_id(0) // lines
+    batch, _, head = line_head(first_line + place, scored_heads, heads_ptr, PICKED)
     if tile >= tl.load(starts_ptr + head * (segments + 1) + segments):
         return
 
-    row_base = (tl.load(first_ptr + head) + tile) * TILE
-    rows = tl.load(rows_ptr + batch * rows_batch + row_base + tl.arange(0, TILE))
-    counted = rows >= 0
-    channels = tl.arange(0, PADDED_DIM)
-    mask = counted[:, None] & (channels < HEAD_DIM)[None, :]
-    base = x_ptr + batch * x_batch + (head // head_repeat).to(tl.int64) * x_head
-    at = rows.to(tl.int64)[:, None] * x_token + channels.to(tl.int64)[None, :] * x_channel
-    x = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
-
-    count = tl.sum(counted.to(tl.int32), 0)
-    divisor = tl.maximum(count, 1).to(tl.float32)
-    mean = tl.sum(x, 0) / divisor
-    real = channels < HEAD_DIM
-    line = (batch * tl.num_programs(1) + tl.program_id(1)) * most_tiles + tile
-    out = out_ptr + line * FEATURES + channels
-    tl.store(out, mean * mean_factor, mask=real)
-    if EXTREMES:
-        highest = tl.max(tl.where(mask, x, -float("inf")), 0)
-        lowest = tl.min(tl.where(mask, x, float("inf")), 0)
-        tl.store(out + HEAD_DIM, tl.where(count > 0, highest, 0.0), mask=real)
-        tl.store(out + 2 * HEAD_DIM, tl.where(count > 0, lowest, 0.0), mask=real)
-    if MOMENT == "second":
-        second = tl.sum(x * x, 0) / divisor
-        tl.store(out + FEATURES - HEAD_DIM, second * moment_factor, mask=real)
-    elif MOMENT == "variance":
-        # a second pass: E[x^2] - E[x]^2 cancels badly on keys with a large mean
-        centred = tl.where(mask, x - mean[None, :], 0.0)
-        variance = tl.sum(centred * centred, 0) / divisor
-        tl.store(out + FEATURES - HEAD_DIM, variance * moment_factor, mask=real)
+    head64 = head.to(tl.int64)
+    row_at = (tl.load(first_ptr + head) + tile) * TILE + tl.arange(0, TILE)
+    line = (tl.program_id(1) * lines + place).to(tl.int64) * most_tiles + tile
+    out = out_ptr + line * FEATURES
+    if tl.program_id(1) == 0:
+        _pool_tile(
+            q_ptr + batch * q_batch + head64 * q_head,
+            tl.load(query_rows_ptr + row_at),
+            out,
+            q_token,
+            q_channel,
+            mean_factor,
+            moment_factor,
+            HEAD_DIM,
+            PADDED_DIM,
+            FEATURES,
+            "second" if SECOND else "none",
+            EXTREMES,
+        )
+    else:
+        _pool_tile(
+            k_ptr + batch * k_batch + (head64 // kv_repeat) * k_head,
+            tl.load(key_rows_ptr + batch * rows_batch + row_at),
+            out,
+            k_token,
+            k_channel,
+            1.0,
+            1.0,
+            HEAD_DIM,
+            PADDED_DIM,
+            FEATURES,
+            "variance" if SECOND else "none",
+            EXTREMES,
+        )
 
 
 def pool(
-    x: torch.Tensor,
+    call: AttentionCall,
     tables: LayerTables,
-    rows: torch.Tensor,
-    rows_stride: int,
-    moment: str,
+    keys: KeyRows,
+    lines: Lines,
+    out: torch.Tensor,
+    second: bool,
+    extremes: bool,
     mean_factor: float = 1.0,
     moment_factor: float = 1.0,
-    extremes: bool = False,
-    heads: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Pooled rows of x (B, Hx, N, D): (B, h, n, F) float32, F = D to 4 D by what is asked for.
+) -> None:
+    """Pool the query and key tiles of some lines into out (2, lines, n, F) float32, contiguous.
 
-    rows: (B or 1, R, S), the stacked table, with `rows_stride` elements between batch elements.
-    moment: "none", "second" or "variance", extremes: see the kernel. heads: (h,) int32, those to
-    pool, or None for all. What lies past a head's last tile is never written and holds anything.
+    F is D for the mean, 2 D more with `extremes`, D more with `second`, in this order: see the
+    kernel. What lies past a head's last tile is never written and holds anything.
     """
-    batch, kv_heads, _, head_dim = x.shape
-    all_heads = tables.first.shape[0]
-    pooled = all_heads if heads is None else heads.shape[0]
-    features = head_dim * (1 + 2 * extremes + (moment != "none"))
-    out = torch.empty(
-        (batch, pooled, tables.most_tiles, features), dtype=torch.float32, device=x.device
-    )
-    pool_kernel[(tables.most_tiles, pooled, batch)](
-        x,
-        rows,
+    head_dim = call.q.shape[3]
+    pool_kernel[(lines.count * tables.most_tiles, 2)](
+        call.q,
+        call.k,
+        tables.query_rows,
+        keys.rows,
         tables.first,
         tables.starts,
-        tables.first if heads is None else heads,
+        lines.heads,
         out,
-        *x.stride(),
-        rows_stride,
-        all_heads // kv_heads,
+        *call.q.stride(),
+        *call.k.stride(),
+        keys.rows_stride,
+        call.kv_repeat,
+        lines.scored_heads,
         tables.segments,
         tables.most_tiles,
+        lines.begin,
+        lines.count,
         mean_factor,
         moment_factor,
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         TILE=tables.tile_size,
-        FEATURES=features,
-        MOMENT=moment,
+        FEATURES=out.shape[3],
+        SECOND=second,
         EXTREMES=extremes,
-        PICKED=heads is not None,
-        num_warps=pool_warps(head_dim, tables.tile_size),
+        PICKED=lines.picked,
+        num_warps=pool_warps(tables.tile_size),
         enable_fp_fusion=True,
     )
-    return out

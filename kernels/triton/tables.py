@@ -6,17 +6,20 @@ every head has the number of its first table row, and programs past its last til
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+import triton
 
 from ..budget import tiles_to_keep
 from ..layout import Layout
 from ..plan import TileShape
 from ..tiles import tile_table
+from . import keys
 
 # the device is named: torch.set_default_device must not reach a cached table
 _INTS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
@@ -55,6 +58,11 @@ class LayerTables:
     def tile_size(self) -> int:
         """Tokens per tile, S."""
         return self.rows.shape[1]
+
+    @cached_property
+    def all_keys(self) -> KeyRows:
+        """The keys where none is ruled out."""
+        return KeyRows(self.rows[None], self.log_sizes[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,18 +116,32 @@ def layer_tables(
 
 
 def key_rows(tables: LayerTables, key_valid: torch.Tensor | None) -> KeyRows:
-    """The table without the keys that `key_valid` (B, Nk) bool rules out.
+    """The table without the keys that `key_valid` (B, Nk) bool rules out, in one launch.
 
     Taking them out here spares every kernel a second mask. Nothing is read back to the host.
     """
     if key_valid is None:
-        return KeyRows(tables.rows[None], tables.log_sizes[None])
-    seen = key_valid[:, tables.rows.clamp(min=0).long().flatten()].view(-1, *tables.rows.shape)
-    rows = torch.where(seen, tables.rows, -1)
-    return KeyRows(rows, _log_sizes(rows))
+        return tables.all_keys
+    device, batch = key_valid.device, key_valid.shape[0]
+    rows = torch.empty((batch, *tables.rows.shape), dtype=torch.int32, device=device)
+    log_sizes = torch.empty(rows.shape[:2], dtype=torch.float32, device=device)
+    gpu = device.type == "cuda"  # Triton launches on the current GPU, which need not be this one
+    with torch.cuda.device(device) if gpu else contextlib.nullcontext():
+        keys.valid_keys_kernel[(triton.cdiv(rows.shape[1], keys.ROWS), batch)](
+            tables.rows,
+            key_valid,
+            rows,
+            log_sizes,
+            *key_valid.stride(),
+            rows.shape[1],
+            TILE=tables.tile_size,
+            ROWS=keys.ROWS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return KeyRows(rows, log_sizes)
 
 
-@lru_cache(maxsize=256)
 def budget_table(
     layout: Layout,
     tile_shapes: tuple[TileShape, ...],
@@ -152,9 +174,3 @@ def _extra_tiles(positions: torch.Tensor, tile_size: int, count: int) -> torch.T
     padded = positions.new_full((count * tile_size,), -1)
     padded[: len(positions)] = positions
     return padded.view(count, tile_size)
-
-
-@lru_cache(maxsize=256)
-def head_numbers(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(h,) int32 on `device`; cached, read-only."""
-    return torch.tensor(heads, **_INTS).to(device)
