@@ -110,6 +110,8 @@ def shipped_jobs(capability: int) -> list[Job]:
     ):
         for call in _calls():
             executor.attend(call, executor.select(call))
+        wide = _call(Layout.of(Video(60, 64, 64)), Plan.uniform(80, (4, 4, 8), 0.1), 128)
+        executor.attend(wide, executor.select(wide))
         some = _call(Layout.of(Video(21, 45, 80)), Plan.uniform(16, (1, 8, 16), 0.1), 128)
         valid = torch.empty(1, some.k.shape[2], dtype=torch.bool, device="meta")
         executor.select(replace(some, key_valid=valid))

@@ -63,6 +63,11 @@ def test_selection_is_compiled_with_and_without_the_flag(compiled):
         assert flags == {True, False}
 
 
+def test_the_forward_is_compiled_with_offsets_of_both_widths(compiled):
+    widths = {item["constants"]["WIDE"] for item in compiled if item["kernel"] == "attend"}
+    assert widths == {True, False}
+
+
 def test_statistics_are_compiled_for_all_heads_and_for_some(compiled):
     for kernel in ("choose", "pool", "score", "score_choose"):
         picked = {item["constants"]["PICKED"] for item in compiled if item["kernel"] == kernel}

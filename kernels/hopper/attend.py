@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ..call import AttentionCall, Selection, empty_output
 from ..plan import TileShape, count_tiles
-from ..triton.tables import head_numbers
 from .descriptors import box_contents, grid_boxes, run_boxes
 from .kernel import attend_kernel
 from .views import HeadView, head_view, runs_of
@@ -94,7 +94,7 @@ def _launch(
         run_boxes(out, out_view, 0, runs.before_queries, ROWS),
         run_boxes(out, out_view, past_queries, runs.after_queries, ROWS),
         lse,
-        head_numbers(heads, q.device),
+        _numbers(heads, q.device),
         lists.indices,
         lists.counts,
         contents,
@@ -149,3 +149,9 @@ def _share(shape: TileShape, groups: int) -> TileShape:
     if t > 1:
         return (t // groups, h, w)
     return (t, h // groups, w) if h > 1 else (t, h, w // groups)
+
+
+@lru_cache(maxsize=256)
+def _numbers(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(h,) int32 on `device`; cached, read-only."""
+    return torch.tensor(heads, dtype=torch.int32, device="cpu").to(device)
