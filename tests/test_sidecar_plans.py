@@ -129,7 +129,7 @@ def test_density_factor_meets_the_mean(densities: list[float], mean: float) -> N
 
 
 def test_tiles_that_do_not_fit_an_unknown_grid_are_replaced() -> None:
-    """(4, 4, 4) boxes fit 4 x 8 x 24 and pad 5 frames of 7 x 7 to four times the tokens."""
+    """(4, 4, 4) boxes fit 4 x 8 x 24 and pad 5 frames of 7 x 7 to twice the tokens."""
     shapes, modes = ((4, 4, 4), (1, 8, 8)), (StaticMode("diagonal", (1, 0)),) * 2
     plan = GridPlan((4, 8, 24), (shapes,), ((0.3, 0.2),), (modes,))
     made = Sidecar(ModelCard("Model", (LayerCard("a", 2, 16),)), (plan,), "closed_form", 64)
@@ -138,7 +138,9 @@ def test_tiles_that_do_not_fit_an_unknown_grid_are_replaced() -> None:
     found, match = made.plan_for("a", (5, 7, 7))
     layout = Layout.of(Video(5, 7, 7))
     assert not match.exact
-    assert found.tile_shapes == (least_padding_shape(layout, 64), (1, 8, 8))
+    # of one frame, or of all rows or columns: the others pad more than 1.35
+    assert padding(layout, (4, 4, 4)) > 1.35 >= padding(layout, found.tile_shapes[0])
+    assert found.tile_shapes[1] == (1, 8, 8)
     assert found.modes == (None, modes[1]) and found.density == (0.3, 0.2)
 
 
@@ -153,3 +155,30 @@ def test_static_heads_count_what_their_padding_costs() -> None:
     static = mode_density(layout, shape, mode) * padding(layout, shape) ** 2
     assert padding(layout, shape) > 1.2
     assert (found.density[0] + static) / 2 == pytest.approx(0.4)
+
+
+def test_replaced_tiles_resemble_those_they_replace() -> None:
+    """12 rows of 20 columns hold no boxes of 16 columns; 16 frames of them hold flat ones."""
+    shapes = ((1, 4, 16), (16, 1, 4))
+    plan = GridPlan((16, 16, 16), (shapes,), ((0.2,) * 2,))
+    made = Sidecar(ModelCard("Model", (LayerCard("a", 2, 16),)), (plan,), "closed_form", 64)
+    found, _ = made.plan_for("a", (16, 12, 20))
+    assert found.tile_shapes == ((2, 4, 8), (16, 1, 4))
+    assert least_padding_shape(Layout.of(Video(16, 12, 20)), 64) != (2, 4, 8)
+
+
+def test_static_heads_that_keep_too_much_of_another_grid_become_scored() -> None:
+    """A window of 4 tiles is little of 64 tiles and most of 8."""
+    shape = (2, 4, 8)
+    wide, narrow = StaticMode("diagonal", (4, 0)), StaticMode("diagonal", (0, 0))
+    plan = GridPlan((8, 16, 32), ((shape,) * 3,), ((0.1, 0.13, 0.02),), ((None, wide, narrow),))
+    made = Sidecar(ModelCard("Model", (LayerCard("a", 3, 16),)), (plan,), "closed_form", 64)
+    exact, _ = made.plan_for("a", (8, 16, 32), density=0.1)
+    assert exact.modes == (None, wide, narrow)
+    found, match = made.plan_for("a", (4, 8, 16), density=0.3)
+    layout = Layout.of(Video(4, 8, 16))
+    assert not match.exact and mode_density(layout, shape, wide) > 0.6
+    assert found.modes == (None, None, narrow)
+    scored = found.density[0] + found.density[1]
+    assert (scored + mode_density(layout, shape, narrow)) / 3 == pytest.approx(0.3)
+    assert found.density[1] / found.density[0] == pytest.approx(1.3)

@@ -186,8 +186,9 @@ class Sidecar:
         density: the mean density wanted over all heads of all layers. Every scored head's own
             density is multiplied by one factor; heads that reach 1 stop there and the others take
             their rest in proportion, so the mean is met and the ratios between layers and heads
-            stay. Static heads stay as they are and count with what they keep. 1.0 keeps everything
-            in static heads too.
+            stay. Static heads stay as they are and count with what they keep, but on another grid
+            than their own such that keep too much become scored. 1.0 keeps everything in static
+            heads too.
         score: another score than the sidecar's; "projection" only if the sidecar holds it. "mean"
             has no use for factors and leaves them out.
         Raises SidecarError for an unknown layer, for values out of range, and for a density that
@@ -202,11 +203,11 @@ class Sidecar:
             )
         match = nearest_grid(checked_grid(grid, "grid"), self.grids)
         plan = next(plan for plan in self.plans if plan.grid == match.used)
+        mean = None if density is None else checked_density(density, "density")
         if not match.exact:
-            plan = fitted_plan(plan, grid)
+            plan = fitted_plan(plan, grid, mean)
         budgets, modes = plan.density[index], plan.modes_of(index)
-        if density is not None:
-            mean = checked_density(density, "density")
+        if mean is not None:
             modes = None if mean == 1.0 else modes
             factor = math.inf if mean == 1.0 else scored_factor(plan, grid, mean)
             budgets = tuple(min(1.0, factor * value) for value in budgets)

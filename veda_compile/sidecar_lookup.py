@@ -7,15 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from .candidate_shapes import MOST_PADDING
+from .candidate_shapes import MOST_PADDING, candidate_shapes
 from .errors import SidecarError
 from .kernels.layout import Layout, Video
-from .kernels.plan import least_padding_shape, padding
-from .kernels.static_modes import mode_density
+from .kernels.plan import TileShape, padding
+from .kernels.static_modes import Modes, StaticMode, mode_density
 from .sidecar_schema import Grid, GridPlan
 
 _STATIC_SLACK = 0.05
 """Share of a mean density by which static heads alone may fall short of it."""
+
+_LEAST_LEFT = 0.5
+"""Of the mean density, what static heads must leave to scored ones on a grid that is not theirs."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,71 @@ def density_factor(densities: Sequence[float], mean: float) -> float:
     return factor
 
 
-def fitted_plan(plan: GridPlan, grid: Grid) -> GridPlan:
+def fitted_plan(plan: GridPlan, grid: Grid, mean: float | None = None) -> GridPlan:
     """A plan made for another grid, with what does not fit `grid` replaced.
 
-    Where a head's tiles would pad more than any candidate may (`MOST_PADDING`), the shape that pads
-    least takes their place, scored: a static mode is a rule over the tiles it was measured with.
+    Where a head's tiles would pad more than any candidate may (`MOST_PADDING`), the candidate of
+    the most similar sides takes their place, scored: a static mode is a rule over the tiles it was
+    measured with. mean: the mean density wanted, or None. Static heads, which may keep more here
+    than where they were measured, become scored ones, the one that keeps most first, until the
+    scored ones have `_LEAST_LEFT` of the mean each.
     """
     layout = Layout.of(Video(*grid))
-    shapes, modes = [], []
+    shapes: list[tuple[TileShape, ...]] = []
+    modes: list[list[StaticMode | None]] = []
     for index, of_layer in enumerate(plan.tile_shapes):
         fit = [padding(layout, shape) <= MOST_PADDING for shape in of_layer]
         static = plan.modes_of(index) or (None,) * len(of_layer)
         shapes.append(
             tuple(
-                shape if fits else least_padding_shape(layout, math.prod(shape))
+                shape if fits else _similar_shape(layout, shape)
                 for shape, fits in zip(of_layer, fit, strict=True)
             )
         )
-        modes.append(tuple(m if fits else None for m, fits in zip(static, fit, strict=True)))
-    return replace(plan, tile_shapes=tuple(shapes), modes=tuple(modes))
+        modes.append([m if fits else None for m, fits in zip(static, fit, strict=True)])
+    if mean is not None and mean < 1.0:
+        _leave_room(layout, shapes, modes, mean)
+    kept: tuple[Modes, ...] = tuple(tuple(of_layer) for of_layer in modes)
+    return replace(plan, tile_shapes=tuple(shapes), modes=kept)
+
+
+def _similar_shape(layout: Layout, shape: TileShape) -> TileShape:
+    """The candidate the fewest halvings and doublings away; of equals the one that pads least."""
+
+    def distance(other: TileShape) -> tuple[float, float, TileShape]:
+        steps = sum(abs(math.log2(a / b)) for a, b in zip(shape, other, strict=True))
+        return round(steps, 9), padding(layout, other), other
+
+    return min(candidate_shapes(layout, math.prod(shape)), key=distance)
+
+
+def _leave_room(
+    layout: Layout,
+    shapes: Sequence[Sequence[TileShape]],
+    modes: Sequence[list[StaticMode | None]],
+    mean: float,
+) -> None:
+    """Take static modes out of `modes` until scored heads have room; see `fitted_plan`."""
+    kept = sorted(
+        (_static_cost(layout, shape, mode), index, head)
+        for index, (of_layer, static) in enumerate(zip(shapes, modes, strict=True))
+        for head, (shape, mode) in enumerate(zip(of_layer, static, strict=True))
+        if mode is not None
+    )
+    heads = sum(len(of_layer) for of_layer in modes)
+    taken = sum(cost for cost, _, _ in kept)
+    if len(kept) == heads and taken <= mean * heads:
+        return
+    while kept and mean * heads - taken < _LEAST_LEFT * mean * (heads - len(kept)):
+        cost, index, head = kept.pop()
+        modes[index][head] = None
+        taken -= cost
+
+
+def _static_cost(layout: Layout, shape: TileShape, mode: StaticMode) -> float:
+    """What a static head keeps, as a share of the tile pairs of a grid without padding."""
+    # a shape that pads has more tiles, so that a share of its pairs is more work
+    return mode_density(layout, shape, mode) * padding(layout, shape) ** 2
 
 
 def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
@@ -108,8 +157,7 @@ def scored_factor(plan: GridPlan, grid: Grid, mean: float) -> float:
             if mode is None:
                 scored.append(value)
             else:
-                # a shape that pads has more tiles, so that a share of its pairs is more work
-                kept.append(mode_density(layout, shape, mode) * padding(layout, shape) ** 2)
+                kept.append(_static_cost(layout, shape, mode))
     heads = len(scored) + len(kept)
     least, most = sum(kept) / heads, (sum(kept) + len(scored)) / heads
     if not kept:
