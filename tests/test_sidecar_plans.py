@@ -168,17 +168,29 @@ def test_replaced_tiles_resemble_those_they_replace() -> None:
 
 
 def test_static_heads_that_keep_too_much_of_another_grid_become_scored() -> None:
-    """A window of 4 tiles is little of 64 tiles and most of 8."""
+    """A window of 12 tiles is a third of 64 tiles and most of 32."""
     shape = (2, 4, 8)
-    wide, narrow = StaticMode("diagonal", (4, 0)), StaticMode("diagonal", (0, 0))
-    plan = GridPlan((8, 16, 32), ((shape,) * 3,), ((0.1, 0.13, 0.02),), ((None, wide, narrow),))
+    wide, narrow = StaticMode("diagonal", (12, 0)), StaticMode("diagonal", (0, 0))
+    plan = GridPlan((8, 16, 32), ((shape,) * 3,), ((0.1, 0.3, 0.02),), ((None, wide, narrow),))
     made = Sidecar(ModelCard("Model", (LayerCard("a", 3, 16),)), (plan,), "closed_form", 64)
-    exact, _ = made.plan_for("a", (8, 16, 32), density=0.1)
+    exact, _ = made.plan_for("a", (8, 16, 32), density=0.2)
     assert exact.modes == (None, wide, narrow)
-    found, match = made.plan_for("a", (4, 8, 16), density=0.3)
-    layout = Layout.of(Video(4, 8, 16))
+    found, match = made.plan_for("a", (4, 16, 32), density=0.25)
+    layout = Layout.of(Video(4, 16, 32))
     assert not match.exact and mode_density(layout, shape, wide) > 0.6
     assert found.modes == (None, None, narrow)
     scored = found.density[0] + found.density[1]
-    assert (scored + mode_density(layout, shape, narrow)) / 3 == pytest.approx(0.3)
-    assert found.density[1] / found.density[0] == pytest.approx(1.3)
+    assert (scored + mode_density(layout, shape, narrow)) / 3 == pytest.approx(0.25)
+    assert found.density[1] / found.density[0] == pytest.approx(3.0)
+
+
+def test_static_heads_become_scored_on_grids_of_another_size() -> None:
+    """Three times the tiles make another window of one that was measured; a plan that was asked to
+    be static stays so."""
+    shape, mode = (2, 4, 8), StaticMode("diagonal", (1, 0))
+    card = ModelCard("Model", (LayerCard("a", 2, 16),))
+    for modes, there in (((None, mode), None), ((mode, mode), (mode, mode))):
+        plan = GridPlan((4, 8, 16), ((shape,) * 2,), ((0.3, 0.4),), (modes,))
+        made = Sidecar(card, (plan,), "closed_form", 64)
+        assert made.plan_for("a", (8, 8, 16))[0].modes == modes
+        assert made.plan_for("a", (12, 8, 16))[0].modes == there

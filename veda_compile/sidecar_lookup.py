@@ -20,6 +20,9 @@ _STATIC_SLACK = 0.05
 _LEAST_LEFT = 0.5
 """Of the mean density, what static heads must leave to scored ones on a grid that is not theirs."""
 
+_SAME_SIZE = 2.0
+"""Static modes count tiles: on a grid of so many times more or fewer tokens they mean another."""
+
 
 @dataclass(frozen=True)
 class GridMatch:
@@ -77,11 +80,17 @@ def fitted_plan(plan: GridPlan, grid: Grid, mean: float | None = None) -> GridPl
 
     Where a head's tiles would pad more than any candidate may (`MOST_PADDING`), the candidate of
     the most similar sides takes their place, scored: a static mode is a rule over the tiles it was
-    measured with. mean: the mean density wanted, or None. Static heads, which may keep more here
-    than where they were measured, become scored ones, the one that keeps most first, until the
-    scored ones have `_LEAST_LEFT` of the mean each.
+    measured with. Where the grids' tokens differ by more than `_SAME_SIZE`, all static heads become
+    scored, but those of plans without scored heads.
+    mean: the mean density wanted, or None. Static heads, which may keep more here than where they
+    were measured, become scored, the one that keeps most first, until the scored ones have
+    `_LEAST_LEFT` of the mean each.
     """
     layout = Layout.of(Video(*grid))
+    ratio = math.prod(grid) / math.prod(plan.grid)
+    layers = range(len(plan.tile_shapes))
+    mixed = not all(all(plan.modes_of(index) or (None,)) for index in layers)
+    keep = not mixed or 1.0 / _SAME_SIZE <= ratio <= _SAME_SIZE
     shapes: list[tuple[TileShape, ...]] = []
     modes: list[list[StaticMode | None]] = []
     for index, of_layer in enumerate(plan.tile_shapes):
@@ -93,7 +102,7 @@ def fitted_plan(plan: GridPlan, grid: Grid, mean: float | None = None) -> GridPl
                 for shape, fits in zip(of_layer, fit, strict=True)
             )
         )
-        modes.append([m if fits else None for m, fits in zip(static, fit, strict=True)])
+        modes.append([m if fits and keep else None for m, fits in zip(static, fit, strict=True)])
     if mean is not None and mean < 1.0:
         _leave_room(layout, shapes, modes, mean)
     kept: tuple[Modes, ...] = tuple(tuple(of_layer) for of_layer in modes)
