@@ -186,7 +186,7 @@ def test_what_a_partial_executor_refuses_is_skipped(setting, name):
 
 
 def test_two_executors_are_timed_on_the_same_lists(setting):
-    layer = attention._Layer(setting, SIZE)
+    layer = attention.Layer(setting, SIZE)
     with pytest.raises(SkippedError, match="'hopper' cannot run here"):
         layer.beside("hopper", "triton", 0.3)
     record = layer.beside("cpu", "reference", 0.3)

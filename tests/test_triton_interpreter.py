@@ -57,7 +57,7 @@ def bfloat16_products(monkeypatch):
 def whole_tiles(monkeypatch):
     """One program per tile and one step per key tile: the interpreter's time goes with both."""
 
-    def config(head_dim, tile_size, dtype, generation):
+    def config(head_dim, tile_size, dtype, generation, wide):
         return AttendConfig(tile_size, tile_size, 4, 1)
 
     monkeypatch.setattr(attend, "attend_config", config)
