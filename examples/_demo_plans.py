@@ -16,6 +16,7 @@ from veda_compile.functional import sparse_attention
 from veda_compile.kernels.budget import kept_density
 from veda_compile.kernels.layout import Layout, Video
 from veda_compile.kernels.plan import Plan
+from veda_compile.kernels.selection import kept_map
 from veda_compile.kernels.static_modes import StaticMode, mode_density
 from veda_compile.kernels.tiles import tile_table
 from veda_compile.options import Options
@@ -109,8 +110,7 @@ def kept_tokens(call: QKV, layout: Layout, chosen: HeadPlan, token: int) -> tupl
     table = tile_table(layout, chosen.plan.tile_shapes[chosen.head], torch.device("cpu"))
     _, selection = sparse_attention(*call, layout=layout, plan=chosen.plan, return_selection=True)
     tile = int(table.tile_of_token[token])
-    count = int(selection.counts[0, chosen.head, tile])
-    kept = selection.indices[0, chosen.head, tile, :count].cpu()
+    kept = kept_map(selection, [chosen.head], table.tiles)[0, 0, tile].nonzero().cpu()
     of_token = table.tile_of_token.view(video.grid)
     return torch.isin(of_token, kept), of_token == tile
 

@@ -105,10 +105,11 @@ class AttentionCall:
 class Selection:
     """The key tiles each query tile keeps. Keys without a grid are always kept and not listed.
 
-    indices: (B, H, Q, K) int32, ascending tile numbers of that head's tile table; entries from
-        `counts` on are unspecified and must not be read. Q is the largest tile count of any head,
-        K at least 1.
-    counts: (B, H, Q) int32; 0 in rows past a head's own tile count.
+    counts: (B, H, Q) int32, Q the largest tile count of any head; 0 in rows past a head's own.
+        As many as the head has tiles are all of them, those without a valid key among them.
+    indices: (B, H, Q, K) int32, ascending tile numbers of that head's tile table, for rows that do
+        not keep all; K is at least 1. Entries from `counts` on, and those of a row that keeps all,
+        are unspecified and must not be read: K need not be as many.
     """
 
     indices: torch.Tensor

@@ -95,8 +95,11 @@ class Worker {
         }
         const int64_t list = (task.batch * c.heads + task.head) * c.list_rows + task.tile;
         const int32_t* kept = c.indices + list * c.list_width;
-        for (int64_t i = 0; i < c.counts[list]; i++) {
-            const int32_t* tokens = c.tile_rows[task.head] + kept[i] * c.tile_size;
+        const int64_t count_kept = c.counts[list];
+        const bool everything = count_kept == c.tile_counts[task.head];  // has no list
+        for (int64_t i = 0; i < count_kept; i++) {
+            const int64_t tile = everything ? i : kept[i];
+            const int32_t* tokens = c.tile_rows[task.head] + tile * c.tile_size;
             for (int64_t s = 0; s < c.tile_size && tokens[s] >= 0; s++) {
                 if (!valid || valid[tokens[s]]) keys[count++] = tokens[s];
             }

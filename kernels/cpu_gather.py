@@ -70,8 +70,11 @@ class _Head:
             keys = width * size + table.extra.numel()
             tiles = order[first : first + max(_KEYS_AT_ONCE // max(keys, 1), 1)]
             first += len(tiles)
-            listed = torch.arange(width, device=counts.device) < counts[tiles, None]
-            kept = torch.where(listed, indices[tiles, :width], 0).long()
+            numbers = torch.arange(width, device=counts.device)
+            listed = numbers < counts[tiles, None]
+            kept = indices[tiles][:, numbers.clamp(max=indices.shape[1] - 1)].long()
+            kept = torch.where(listed, kept, 0)
+            kept = torch.where(counts[tiles, None] == table.tiles, numbers, kept)  # has no list
             rows = table.rows[kept].masked_fill(~listed[..., None], -1).flatten(1)
             extra = table.extra.expand(len(tiles), -1)
             self._attend(table.query_rows[tiles].long(), torch.cat([extra, rows], dim=1).long())

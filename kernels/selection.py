@@ -48,11 +48,13 @@ def kept_map(selection: Selection, heads: list[int], tiles: int) -> torch.Tensor
     """Inverse of `lists_of` for one group of heads: (B, h, n, n) bool."""
     indices = selection.indices[:, heads, :tiles].long()
     counts = selection.counts[:, heads, :tiles]
+    everything = (counts == tiles)[..., None]
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    listed &= ~everything
     # unlisted entries are unspecified: send them to a column that is cut off
     keep = indices.new_zeros((*indices.shape[:3], tiles + 1), dtype=torch.bool)
     keep.scatter_(-1, torch.where(listed, indices, tiles), True)
-    return keep[..., :tiles]
+    return keep[..., :tiles] | everything
 
 
 def _kept(call: AttentionCall, shape: TileShape, heads: list[int]) -> torch.Tensor:

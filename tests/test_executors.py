@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from naive_attention import boxes_of_tokens, naive_attention
 from random_calls import GUARD, TOLERANCE, bounds_of, calls, everything, guarded_outputs, poisoned
 from running_executors import EXECUTORS_HERE
+from same_lists import assert_lists, unlisted
 
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.errors import ExecutorError
@@ -26,7 +27,7 @@ from veda_compile.kernels.executors import (
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.reference import ReferenceExecutor
-from veda_compile.kernels.selection import kept_map, select_tiles
+from veda_compile.kernels.selection import select_tiles
 from veda_compile.kernels.tiles import tile_table
 
 EXAMPLES = {"reference": 70, "cpu": 118, "triton": 12}
@@ -62,17 +63,7 @@ def run(executor: Executor, call: AttentionCall, selection: Selection) -> None:
 
 def assert_selected(found: Selection, call: AttentionCall) -> None:
     """`found` is what `select_tiles` finds, give or take pairs whose scores round apart."""
-    right = select_tiles(call)
-    assert torch.equal(found.counts, right.counts)
-    ascending = found.indices.long().diff(dim=-1) > 0
-    listed = torch.arange(1, found.indices.shape[-1]) < found.counts[..., None]
-    assert torch.all(ascending | ~listed)
-    different, pairs = 0, 0
-    for head, shape in enumerate(call.plan.tile_shapes):
-        tiles = tile_table(call.layout, shape, call.q.device).tiles
-        different += int((kept_map(found, [head], tiles) ^ kept_map(right, [head], tiles)).sum())
-        pairs += tiles * tiles
-    assert different <= 0.01 * pairs
+    assert_lists(call, found, select_tiles(call), apart=0.01)
 
 
 def naive_check(call: AttentionCall) -> None:
@@ -117,7 +108,7 @@ def test_random_calls(name: str) -> None:
             with poisoned():
                 selection = executor.select(call)
             assert_selected(selection, call)
-        run(executor, call, select_tiles(call))
+        run(executor, call, unlisted(select_tiles(call), call))
 
     check()
 

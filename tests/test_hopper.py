@@ -10,6 +10,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from gluon_in_numpy import Launcher
 from gluon_memory import Fault
+from same_lists import unlisted
 
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.errors import ExecutorError
@@ -117,6 +118,17 @@ def test_rows_of_unequal_length_and_of_none(layout: Layout) -> None:
     selection = unequal(REFERENCE.select(call))
     assert int(selection.counts.min()) == 0 < int(selection.counts.max())
     assert_right(call, selection, Launcher())
+
+
+def test_rows_that_keep_everything_need_no_list() -> None:
+    call = make_call(TEXT, density=(0.3, 1.0), shapes=(CUBE[128], ROW[128]))
+    selection = unlisted(REFERENCE.select(call), call)
+    tiles = int(selection.counts.max())
+    assert selection.indices.shape[-1] < tiles and (selection.counts[:, 0] < tiles).all()
+    assert_right(call, selection, Launcher())
+    nothing = torch.full((*selection.counts.shape, 1), 2**31 - 1, dtype=torch.int32)
+    everything = REFERENCE.select(replace(call, plan=replace(call.plan, density=(1.0, 1.0))))
+    assert_right(call, Selection(nothing, everything.counts), Launcher())
 
 
 def test_fused_projections_and_shared_keys_are_read_in_place() -> None:

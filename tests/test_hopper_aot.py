@@ -3,17 +3,11 @@
 Compiled kernels need a process without the interpreter: one subprocess compiles them all.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from ahead_of_time import compiled_by
 
 pytest.importorskip("triton.experimental.gluon")
 
-_PROGRAM = Path(__file__).with_name("aot_hopper.py")
 _SHARED_MEMORY = 227 * 1024
 _PER_MULTIPROCESSOR = 228 * 1024
 _RESERVED = 1024
@@ -22,19 +16,7 @@ _RESERVED = 1024
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aot")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    result = folder / "result.json"
-    done = subprocess.run(
-        [sys.executable, str(_PROGRAM), str(result)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(result.read_text())
+    return compiled_by("aot_hopper.py", tmp_path_factory.mktemp("aot"), timeout=900)
 
 
 def test_every_configuration_was_compiled(compiled):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from mode_samples import DIAGONAL, FRAMES, FULL, SKIP, STRIPE, kept_by
 from naive_attention import boxes_of_tokens, naive_attention
 from running_executors import EXECUTORS_HERE
+from same_lists import assert_lists
 
 from veda_compile import Context, Extra, Layout, Plan, Video, sparse_attention
 from veda_compile.kernels.call import AttentionCall
@@ -34,21 +34,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) ->
 def assert_alike(given: dict[str, Any], executor: str, right: dict[str, Any] | None = None) -> None:
     """The executor does with `given` what the reference does with `right`, or the same."""
     wanted_out, wanted_lse, wanted = attend(**(right or given), executor="reference")
+    call = AttentionCall(
+        given["q"], given["k"], given["v"], given["layout"], given["plan"], 0.125,
+        given["key_valid"], given.get("keep_all"),
+    )  # fmt: skip
     if executor == "triton":
-        call = AttentionCall(
-            given["q"], given["k"], given["v"], given["layout"], given["plan"], 0.125,
-            given["key_valid"], given.get("keep_all"),
-        )  # fmt: skip
         selection = get_executor(executor).select(call)
     else:
         out, lse, selection = attend(**given, executor=executor)
         torch.testing.assert_close(out, wanted_out, rtol=0, atol=2e-5)
         torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=2e-5)
-    assert torch.equal(selection.counts, wanted.counts)
-    for place in itertools.product(*map(range, wanted.counts.shape)):
-        count = int(wanted.counts[place])
-        lists = (x.indices[place][:count].tolist() for x in (selection, wanted))
-        assert next(lists) == next(lists)
+    assert_lists(call, selection, wanted)
 
 
 def planted(layout: Layout, shape: TileShape, mode: StaticMode, seed: int) -> torch.Tensor:

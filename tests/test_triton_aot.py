@@ -4,35 +4,18 @@ Compiled and interpreted kernels cannot share a process: one subprocess compiles
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from ahead_of_time import compiled_by
 
 pytest.importorskip("triton")
 
-_PROGRAM = Path(__file__).with_name("aot_compile.py")
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aot")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    result = folder / "result.json"
-    done = subprocess.run(
-        [sys.executable, str(_PROGRAM), str(result)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(result.read_text())
+    return compiled_by("aot_compile.py", tmp_path_factory.mktemp("aot"), timeout=1500)
 
 
 def test_every_kernel_and_shape_was_compiled(compiled):

@@ -128,7 +128,15 @@ def test_scored_heads_beside_static_ones():
 def test_the_flag_lifts_all_budgets(flag):
     plan = replace(MIXED_PLAN, modes=(None, StaticMode("skip"), None, None))
     call = make_call(MIXED_LAYOUT, plan, key_valid=some_valid(1, MIXED_LAYOUT))
-    check_select(replace(call, keep_all=torch.tensor(flag)))
+    selection = check_select(replace(call, keep_all=torch.tensor(flag)))
+    assert selection.indices.shape == TRITON.select(call).indices.shape, "takes more memory"
+
+
+def test_what_keeps_everything_takes_no_list():
+    modes = (StaticMode("full"), StaticMode("diagonal", (1000, 0)), None, StaticMode("skip"))
+    plan = replace(MIXED_PLAN, modes=modes)
+    assert plan.density[2] == 1.0
+    assert check_select(make_call(MIXED_LAYOUT, plan)).indices.shape[-1] == 1
 
 
 @pytest.mark.usefixtures("way")

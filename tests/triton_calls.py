@@ -1,10 +1,10 @@
 """Calls for the Triton kernels in the interpreter, and their lists against the reference's."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from same_lists import assert_lists
 from torch import float32
 
 from veda_compile.kernels.call import AttentionCall
@@ -71,10 +71,5 @@ def make_call(
 def check_select(call):
     """The same lists as the reference, and lists any executor can run."""
     selection = TRITON.select(call)
-    wanted = REFERENCE.select(call)
-    assert selection.indices.dtype == selection.counts.dtype == torch.int32
-    assert torch.equal(selection.counts, wanted.counts)
-    for place in itertools.product(*(range(side) for side in wanted.counts.shape)):
-        count = int(wanted.counts[place])
-        assert selection.indices[place][:count].tolist() == wanted.indices[place][:count].tolist()
+    assert_lists(call, selection, REFERENCE.select(call))
     return selection

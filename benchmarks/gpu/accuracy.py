@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.gpu.baselines import Attention
+from benchmarks.gpu.exact import kept_tiles
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.tiles import tile_table
 
@@ -36,8 +37,7 @@ def rounding_errors(
         table = tile_table(call.layout, call.plan.tile_shapes[head], call.q.device)
         for tile in torch.randperm(table.tiles, generator=generator)[:_TILES].tolist():
             rows = _real(table.query_rows[tile])
-            count = int(selection.counts[batch, head, tile])
-            kept = selection.indices[batch, head, tile, :count].long()
+            kept = kept_tiles(selection, batch, head, tile, table.tiles)
             keys = torch.cat([_real(table.rows[kept].flatten()), table.extra.long()])
             kv_head = head // call.kv_repeat
             q = call.q[batch, head, rows][None, None]

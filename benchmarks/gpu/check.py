@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.exact import lists_apart
 from benchmarks.gpu.plan_trials import plan_trials, sidecar_trials
 from benchmarks.gpu.stage import Job, Setting, SkippedError, WrongResultError
 from veda_compile.kernels.call import AttentionCall, Selection
@@ -19,7 +20,7 @@ from veda_compile.kernels.executors import Executor, Traits, choose_executor
 from veda_compile.kernels.layout import Context, Extra, Layout, Video
 from veda_compile.kernels.plan import Plan
 from veda_compile.kernels.reference import ReferenceExecutor
-from veda_compile.kernels.selection import kept_map, select_tiles
+from veda_compile.kernels.selection import select_tiles
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest accepted |out - reference|, as a share of the largest |reference|."""
@@ -212,22 +213,10 @@ def _on(plan: Plan, device: str) -> Plan:
 
 
 def _check_lists(call: AttentionCall, executor: Executor) -> float:
-    """Share of tile pairs kept otherwise than by the reference. Raises WrongResultError."""
+    """See `lists_apart`, of lists in poisoned memory."""
     with _Poison():
         found = executor.select(call)
-    right = select_tiles(call)
-    if not torch.equal(found.counts, right.counts):
-        raise WrongResultError("other numbers of tiles are kept than by the reference")
-    places = torch.arange(1, found.indices.shape[-1], device=found.indices.device)
-    ascending = found.indices.long().diff(dim=-1) > 0
-    if not torch.all(ascending | (places >= found.counts[..., None])):
-        raise WrongResultError("a list is not ascending")
-    heads, tiles = list(range(call.plan.heads)), right.counts.shape[2]
-    different = kept_map(found, heads, tiles) ^ kept_map(right, heads, tiles)
-    share = float(different.float().mean())
-    if share > 0.01:
-        raise WrongResultError(f"{share:.1%} of the tile pairs are not as in the reference")
-    return share
+    return lists_apart(call, found)
 
 
 def _unequal(selection: Selection) -> Selection:

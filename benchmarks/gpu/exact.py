@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.stage import WrongResultError
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.selection import kept_map, select_tiles
-from veda_compile.kernels.tiles import tile_table
+from veda_compile.kernels.tiles import tile_table, tiles_with_keys
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest accepted ||out - exact|| / ||exact||."""
@@ -57,15 +57,19 @@ def sampled_error(
 def lists_apart(call: AttentionCall, selection: Selection) -> float:
     """Share of kept tile pairs that `select_tiles` would not keep.
 
-    Raises WrongResultError where counts differ or the share is beyond `LISTS_APART`.
+    Tiles without a key that counts are left out: rows that keep everything may keep these or not.
+    Raises WrongResultError where a list is not ascending or not as long as the reference's, or
+    where the share is beyond `LISTS_APART`.
     """
     right = select_tiles(call)
-    if not torch.equal(selection.counts, right.counts):
-        raise WrongResultError("other numbers of tiles are kept than by the reference")
     different = total = 0
     for head, shape in enumerate(call.plan.tile_shapes):
-        tiles = tile_table(call.layout, shape, call.q.device).tiles
-        found, wanted = (kept_map(s, [head], tiles) for s in (selection, right))
+        table = tile_table(call.layout, shape, call.q.device)
+        _check_form(selection, head, table.tiles)
+        alive = tiles_with_keys(table, call.key_valid)[:, None, None]
+        found, wanted = (kept_map(s, [head], table.tiles) & alive for s in (selection, right))
+        if not torch.equal(found.sum(-1), wanted.sum(-1)):
+            raise WrongResultError("other numbers of tiles are kept than by the reference")
         different += int((found & ~wanted).sum())
         total += int(wanted.sum())
     if different > LISTS_APART * total:
@@ -88,6 +92,25 @@ def kept_pairs(call: AttentionCall, selection: Selection) -> int:
     return pairs
 
 
+def kept_tiles(selection: Selection, batch: int, head: int, tile: int, tiles: int) -> torch.Tensor:
+    """(m,) int64: what one query tile keeps of the head's `tiles` key tiles."""
+    count = int(selection.counts[batch, head, tile])
+    if count == tiles:
+        return torch.arange(tiles, device=selection.counts.device)
+    return selection.indices[batch, head, tile, :count].long()
+
+
+def _check_form(selection: Selection, head: int, tiles: int) -> None:
+    if selection.counts[:, head, tiles:].any() or selection.counts[:, head].max() > tiles:
+        raise WrongResultError(f"more than the {tiles} tiles that head {head} has")
+    counts = selection.counts[:, head, :tiles, None]
+    lists = selection.indices[:, head, :tiles].long()
+    places = torch.arange(1, lists.shape[-1], device=lists.device)
+    listed = (places < counts) & (counts < tiles)
+    if not torch.all((lists.diff(dim=-1) > 0) | ~listed):
+        raise WrongResultError("a list is not ascending")
+
+
 def _seen(
     call: AttentionCall, selection: Selection, batch: int, head: int, rows: torch.Tensor
 ) -> torch.Tensor:
@@ -99,8 +122,7 @@ def _seen(
         if tile < 0:
             seen[i] = True
             continue
-        count = int(selection.counts[batch, head, tile])
         kept = torch.zeros(table.tiles + 1, dtype=torch.bool, device=rows.device)
-        kept[selection.indices[batch, head, tile, :count].long()] = True
+        kept[kept_tiles(selection, batch, head, tile, table.tiles)] = True
         seen[i] |= kept[key_tile]  # -1 is the last entry, which is never kept
     return seen

@@ -41,7 +41,7 @@ def share_of(t, h, w, group, BOX: gl.constexpr, SHARE: gl.constexpr):
 def box_at(tile_list, step, listed, everything, tiles):
     """The box of a step: its tile, and past the tiles those of tokens without a grid.
 
-    Where `everything` is kept a step's tile has the step's own number.
+    Where `everything` is kept there is no list: a step's tile has the step's own number.
     """
     found = gl.load(tile_list + step, mask=(step < listed) & (everything == 0), other=0)
     return gl.where(step < listed, gl.where(everything != 0, step, found), tiles + step - listed)
@@ -111,7 +111,7 @@ def load(
         q_boxes, q_before, q_after, q_at, q_smem, q_full, slot, before_slots, extra_slots, across,
         BOX, SHARE, GROUPS, D,
     )  # fmt: skip
-    everything = gl.cast(slot < extra_slots, gl.int32)
+    everything = gl.cast(listed == tiles, gl.int32)
     box = box_at(tile_list, 0, listed, everything, tiles)
     for step in range(listed + extra_steps):
         t, h, w = corner(box, across[0], across[1], BOX)
@@ -186,7 +186,7 @@ def attend_rows(
     total = gl.full([ROWS], 0.0, gl.float32, LOGIT_ROWS)
     acc = gl.full([ROWS, D], 0.0, gl.float32, OUT)
     steps = listed + extra_steps
-    everything = gl.cast(slot < extra_slots, gl.int32)
+    everything = gl.cast(listed == tiles, gl.int32)
     mbarrier.wait(q_full, 0)
     if steps > 0:
         if MASKED:

@@ -70,10 +70,11 @@ def attend_kernel(
     """One program computes BLOCK_M query rows of one tile of one head.
 
     Keys and queries without a grid stand in tiles of their own after the video tiles, so one loop
-    does it all. The key tiles of a video tile are its list, then the extra tiles; those of an extra
-    tile are all tiles. Extra query tiles run longest and come first. scale is positive and carries
-    log2(e), for exp2. log_sizes: log of the rows that count in each key tile; from WHOLE on all do,
-    and nothing is masked. WIDE: offsets within one head need 64 bits. FLIPPED: -q is meant.
+    does it all. The key tiles of a video tile are its list, or all video tiles where it keeps as
+    many, then the extra tiles; those of an extra tile are all tiles. Extra query tiles run longest
+    and come first. scale is positive and carries log2(e), for exp2. log_sizes: log of the rows that
+    count in each key tile; from WHOLE on all do, and nothing is masked. WIDE: offsets within one
+    head need 64 bits. FLIPPED: -q is meant.
     """
     slot = tl.program_id(0) // (TILE // BLOCK_M)
     part = tl.program_id(0) % (TILE // BLOCK_M)
@@ -87,9 +88,11 @@ def attend_kernel(
     tile = tl.where(is_extra, tiles + slot, slot - extra_query_tiles)
     line = (batch * tl.num_programs(1) + head) * list_rows + tile
     listed = tl.load(counts_ptr + line, mask=tile < tiles, other=0)
-    steps = tl.where(is_extra, tiles, listed) + extra_tiles
+    has_list = (tile < tiles) & (listed < tiles)
+    steps = tl.where(has_list, listed, tiles) + extra_tiles
     # the i-th key tile is indices[i] while i < listed, then i + past_list
-    past_list = tl.where(is_extra, 0, tiles - listed)
+    past_list = tl.where(has_list, tiles - listed, 0)
+    listed = tl.where(has_list, listed, 0)
     first = tl.load(first_ptr + head) * TILE
 
     channels = tl.arange(0, PADDED_DIM)

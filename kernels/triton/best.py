@@ -29,6 +29,12 @@ def ranks(scores, log_size, rows, SIZED: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def keep_everything(counts, rows, tiles, most_tiles):
+    """Let query tiles `rows` of a line keep all of the head's tiles. counts (n,): of the line."""
+    tl.store(counts + rows, tl.where(rows < tiles, tiles, 0), mask=rows < most_tiles)
+
+
+@triton.jit
 def write_best(
     rank,
     rows,
@@ -36,28 +42,29 @@ def write_best(
     budgets,
     indices,
     counts,
-    keep_all_ptr,
     segments,
     most_tiles,
     width,
-    FLAGGED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Write the lists of query tiles `rows`, each the best by rank (M, COLUMNS) of every segment.
 
     starts: of the head's segments; budgets (n, V), indices (n, width) and counts (n,): of the line,
     all int32. At most 31 halvings separate the k largest ranks exactly; ties go to the lower
-    tile number. Rows past a head's last tile have the budget 0 and get empty lists. One head's
-    lists have fewer than 2^31 entries.
+    tile number. Rows past a head's last tile have the budget 0 and get empty lists. A row whose
+    budgets are all tiles keeps them all, and gets no list. One head's lists have fewer than 2^31
+    entries.
     """
     LOWEST: tl.constexpr = -2147483648
     columns = tl.arange(0, COLUMNS)[None, :]
     there = rows < most_tiles
+    tiles = tl.load(starts + segments)
+    allowed = tl.zeros(rows.shape, tl.int32)
+    for segment in range(segments):
+        allowed += tl.load(budgets + rows * segments + segment, mask=there, other=0)
     done = tl.zeros(rows.shape, tl.int32)
     for segment in range(segments):
         budget = tl.load(budgets + rows * segments + segment, mask=there, other=0)
-        if FLAGGED:
-            budget = tl.where(tl.load(keep_all_ptr) & (budget > 0), COLUMNS, budget)
         start = tl.load(starts + segment)
         stop = tl.load(starts + segment + 1)
         here = tl.where((columns >= start) & (columns < stop), rank, LOWEST)
@@ -83,6 +90,7 @@ def write_best(
         place = done[:, None] + (before >> 16) + tl.minimum(tied, room[:, None]) - 1
         kept = (here > bound[:, None]) | (level & (tied <= room[:, None]))
         listed = tl.broadcast_to(columns, rank.shape)
+        kept = kept & (allowed < tiles)[:, None]
         tl.store(indices + (rows * width)[:, None] + place, listed, mask=kept)
         done += (total >> 16) + tl.minimum(total & 65535, room)
-    tl.store(counts + rows, done, mask=there)
+    tl.store(counts + rows, tl.where(allowed < tiles, done, tiles), mask=there)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..call import Selection
-from .best import ranks, write_best
+from .best import keep_everything, ranks, write_best
 from .configs import choose_warps
 from .lines import SIZES, Lines, line_head
 from .steps import padded_columns
@@ -44,8 +44,8 @@ def choose_kernel(
 
     scores: (lines, rows from first_row on, score_stride) float32; budgets: (h, n, V) int32;
     indices: (B, H, n, width) int32; counts: (B, H, n) int32; all contiguous. SIZED adds the log of
-    each key tile's rows. FLAGGED: keep_all is one bool, True lifts every budget; without it
-    keep_all is not read. Lines: see `lines`.
+    each key tile's rows. FLAGGED: keep_all is one bool, True keeps every tile; without it keep_all
+    is not read. Lines: see `lines`.
     """
     place = tl.program_id(1)
     batch, slot, head = line_head(first_line + place, scored_heads, heads_ptr, PICKED)
@@ -53,7 +53,13 @@ def choose_kernel(
     rows = row + tl.arange(0, 1)
     columns = tl.arange(0, COLUMNS)
     starts = starts_ptr + head * (segments + 1)
-    known = columns < tl.load(starts + segments)
+    tiles = tl.load(starts + segments)
+    line = (batch * all_heads + head) * most_tiles
+    if FLAGGED:
+        if tl.load(keep_all_ptr):
+            keep_everything(counts_ptr + line, rows, tiles, most_tiles)
+            return
+    known = columns < tiles
     log_sizes = log_sizes_ptr + batch * log_batch + tl.load(first_ptr + head)
     log_size = tl.load(log_sizes + columns, mask=known, other=-float("inf"))
     scores = (
@@ -61,7 +67,6 @@ def choose_kernel(
     )
     scores = tl.load(scores + columns, mask=known, other=0.0)[None, :]
     rank = ranks(scores, log_size, rows, SIZED, COLUMNS)
-    line = (batch * all_heads + head) * most_tiles
     write_best(
         rank,
         rows,
@@ -69,11 +74,9 @@ def choose_kernel(
         budgets_ptr + slot.to(tl.int64) * most_tiles * segments,
         indices_ptr + line * width,
         counts_ptr + line,
-        keep_all_ptr,
         segments,
         most_tiles,
         width,
-        FLAGGED,
         COLUMNS,
     )
 
@@ -94,8 +97,8 @@ def choose(
 
     scores: (lines, rows, stride) float32, contiguous, of query tiles from first_row on; anything
     past a head's last tile. sized: add the log of the key tile's rows. budgets: (h, n, V), see
-    `budget_table`; the selection, contiguous, must be as wide as their largest total, or n with
-    keep_all. keep_all: () bool on the device or None. The rules are `select_tiles`'.
+    `budget_table`; the selection, contiguous, must be as wide as the longest list they make.
+    keep_all: () bool on the device or None. The rules are `select_tiles`'.
     """
     columns = padded_columns(tables.most_tiles)
     flag = selection.counts if keep_all is None else keep_all

@@ -44,18 +44,17 @@ class TritonExecutor:
     def select(self, call: AttentionCall) -> Selection:
         """As `select_tiles`, on the device; `indices` is as wide as the longest list can be.
 
-        With `keep_all`, which the host does not read, it is as wide as the tiles are many. Scores
-        are computed for scored heads alone.
+        Rows that keep every tile, with `keep_all` all of them, have no list. Scores are computed
+        for scored heads alone.
         """
         plan, device = call.plan, call.q.device
         tables = layer_tables(call.layout, plan.tile_shapes, device)
         lists = list_tables(
             call.layout, plan.tile_shapes, plan.density, plan.modes, tables.most_tiles, device
         )
-        width = lists.width if call.keep_all is None else tables.most_tiles
         sizes = (*call.q.shape[:2], tables.most_tiles)
         selection = Selection(
-            torch.empty((*sizes, width), dtype=torch.int32, device=device),
+            torch.empty((*sizes, lists.width), dtype=torch.int32, device=device),
             torch.empty(sizes, dtype=torch.int32, device=device),
         )
         with _on(device):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..call import Selection
-from .best import ranks, write_best
+from .best import keep_everything, ranks, write_best
 from .configs import fused_config
 from .lines import SIZES, Lines, line_head
 from .score import tile_products
@@ -54,6 +54,11 @@ def score_choose_kernel(
     columns = tl.arange(0, COLUMNS)
     starts = starts_ptr + head * (segments + 1)
     tiles = tl.load(starts + segments)
+    line = (batch * all_heads + head) * most_tiles
+    if FLAGGED:
+        if tl.load(keep_all_ptr):
+            keep_everything(counts_ptr + line, rows, tiles, most_tiles)
+            return
     log_sizes = log_sizes_ptr + batch * log_batch + tl.load(first_ptr + head)
     log_size = tl.load(log_sizes + columns, mask=columns < tiles, other=-float("inf"))
     q_features = features_ptr + place.to(tl.int64) * most_tiles * FEATURES
@@ -62,7 +67,6 @@ def score_choose_kernel(
         q_features, k_features, rows, columns, tiles, FEATURES, BLOCK_F, ROWS, COLUMNS
     )
     rank = ranks(scores, log_size, rows, SIZED, COLUMNS)
-    line = (batch * all_heads + head) * most_tiles
     write_best(
         rank,
         rows,
@@ -70,11 +74,9 @@ def score_choose_kernel(
         budgets_ptr + slot.to(tl.int64) * most_tiles * segments,
         indices_ptr + line * width,
         counts_ptr + line,
-        keep_all_ptr,
         segments,
         most_tiles,
         width,
-        FLAGGED,
         COLUMNS,
     )
 

@@ -18,7 +18,7 @@ from ..static_modes import Modes, StaticMode, static_lists
 from .configs import choose_warps
 from .tables import KeyRows, LayerTables
 
-_WHOLE = -1  # in place of a width: every tile, without a list
+_WHOLE = -1  # in place of a width
 _INTS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
 
 
@@ -45,7 +45,7 @@ def place_kernel(
 
     heads: (h, 4) int32, the rows of `StaticTable.heads`; indices: (B, H, n, width) int32; counts:
     (B, H, n) int32; all contiguous. FLAGGED: keep_all is one bool, True keeps every tile; without
-    it keep_all is not read.
+    it keep_all is not read. A row that keeps every tile gets no list.
     """
     row = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -62,10 +62,8 @@ def place_kernel(
     list_counts = list_counts_ptr + tl.load(head_ptr + 3)
     count = tl.load(list_counts + row, mask=row < list_rows, other=0)
     lists = lists_ptr + tl.load(head_ptr + 1) + row * list_width
-    entry = tl.load(lists + columns, mask=columns < count, other=0)
-    count = tl.where(whole & (row < tiles), tiles, count)
     listed = columns < count
-    entry = tl.where(whole, columns, entry)
+    entry = tl.load(lists + columns, mask=listed, other=0)
     log_sizes = log_sizes_ptr + batch * log_batch + tl.load(first_ptr + head)
     log_size = tl.load(log_sizes + entry, mask=listed, other=-float("inf"))
     kept = (log_size > -float("inf")).to(tl.int32)
@@ -73,7 +71,8 @@ def place_kernel(
     line = (batch * all_heads + head) * most_tiles + row
     place = tl.cumsum(kept, 0) - 1
     tl.store(indices_ptr + line * width + place, entry, mask=kept > 0)
-    tl.store(counts_ptr + line, tl.sum(kept, 0))
+    everything = tl.where(row < tiles, tiles, 0)
+    tl.store(counts_ptr + line, tl.where(whole, everything, tl.sum(kept, 0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +80,8 @@ class StaticTable:
     """The lists of a layer's static heads, one after the other.
 
     heads: (h, 4) int32: the head's number, where its lists begin in `lists`, how wide they are, and
-        where its rows begin in `counts`. A width of -1 is every tile.
-    lists: (L,) int32. counts: (R,) int32. width: entries a selection needs for these heads.
+        where its rows begin in `counts`. A width of -1 is every tile, without a list.
+    lists: (L,) int32. counts: (R,) int32. width: entries of the longest list, 0 without any.
     """
 
     heads: torch.Tensor
@@ -106,10 +105,10 @@ def static_table(
             continue
         lists = static_lists(layout, shape, mode)
         tiles, wide = lists.indices.shape
-        width = max(width, wide)
-        if mode.kind == "full":
+        if int(lists.counts.min()) == tiles:
             rows.append((head, 0, _WHOLE, 0))
             continue
+        width = max(width, wide)
         if (shape, mode) not in known:
             known[shape, mode] = (begin, wide, begin_counts)
             parts.append(lists.indices.flatten())
@@ -134,14 +133,13 @@ def place(
     selection: Selection,
     keep_all: torch.Tensor | None = None,
 ) -> None:
-    """Write the lists of the static heads into `selection`, which must be wide enough.
+    """Write the lists of the static heads into `selection`, at least as wide as `static`'s.
 
-    Tiles without a key that counts are left out. keep_all: () bool on the device or None; where it
-    is True every tile is kept, for which the selection must be as wide as the tiles are many.
+    Tiles without a key that counts are left out, but where every tile is kept. keep_all: () bool on
+    the device or None; where it is True every tile is.
     """
     batch, all_heads, tiles, width = selection.indices.shape
-    entries = static.width if keep_all is None else tiles
-    columns = max(triton.next_power_of_2(entries), 16)
+    columns = max(triton.next_power_of_2(static.width), 16)
     place_kernel[(tiles, static.heads.shape[0], batch)](
         static.heads,
         static.lists,

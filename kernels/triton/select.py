@@ -28,7 +28,7 @@ class ListTables:
 
     heads: (h,) int32, the scored heads, with h = 0 where there are none. budgets: (h, n, V) int32,
     see `budget_table`, or None. static: the static heads, or None. width: entries of the longest
-    list there can be, unless `keep_all` lifts the budgets.
+    list there can be, at least 1.
     """
 
     heads: torch.Tensor
@@ -49,7 +49,7 @@ def list_tables(
     """The tables of heads with these shapes, densities and modes; cached, read-only."""
     scored = [h for h in range(len(tile_shapes)) if modes is None or modes[h] is None]
     static = None if modes is None else static_table(layout, tile_shapes, modes, device)
-    width, budgets = 0 if static is None else static.width, None
+    width, budgets = 1 if static is None else max(static.width, 1), None
     if scored:
         shapes = tuple(tile_shapes[head] for head in scored)
         shares = tuple(density[head] for head in scored)

@@ -149,19 +149,23 @@ def budget_table(
     most_tiles: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, int]:
-    """(h, n, V) int32 tiles kept by query tile, 0 past a head's last, and the largest row total.
+    """(h, n, V) int32 tiles kept by query tile, 0 past a head's last; entries of the longest list.
 
-    For heads of these shapes and densities; n is `most_tiles`. The total comes from budgets alone,
-    so that sizing a selection waits for no device data.
+    For heads of these shapes and densities; n is `most_tiles`. A row that keeps every tile has no
+    list. The entries come from budgets alone: sizing a selection waits for no device data.
     """
     keeps = [
         tiles_to_keep(layout, shape, share)
         for shape, share in zip(tile_shapes, density, strict=True)
     ]
     budgets = torch.zeros(len(keeps), most_tiles, keeps[0].shape[1], **_INTS)
+    longest = 0
     for head, keep in enumerate(keeps):
-        budgets[head, : keep.shape[0]] = keep
-    return budgets.to(device), int(budgets.sum(-1).max())
+        tiles = keep.shape[0]
+        budgets[head, :tiles] = keep
+        kept = keep.sum(-1)
+        longest = max(longest, int(kept.where(kept < tiles, 0).max()))
+    return budgets.to(device), longest
 
 
 def _log_sizes(rows: torch.Tensor) -> torch.Tensor:
