@@ -20,7 +20,8 @@ def select_tiles(call: AttentionCall) -> Selection:
 
     Within each video segment of the keys the highest scores win, ties going to the lower tile
     number; the query's own tile is always kept and counted; tiles without a valid key never are.
-    Static heads keep what their mode says, but for tiles without a valid key.
+    Static heads keep what their mode says, but for tiles without a valid key. Executors may count
+    such tiles in rows that keep everything.
     """
     call = call.with_flag_read()
     keeps = {shape: _kept(call, shape, heads) for shape, heads in call.plan.groups().items()}

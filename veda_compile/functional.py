@@ -85,7 +85,7 @@ def sparse_attention(
         executor: "auto" ("cpu" on CPU, "triton" elsewhere), "reference", "cpu", "triton" or
             "hopper".
         keep_all: () bool on q's device: True makes this call exact, as density 1.0 would. A GPU
-            decides it without the host; a selection is as wide as the tiles are many then.
+            decides it without the host.
         return_lse: also return the log-sum-exp of each query's kept logits.
         return_selection: also return which tiles were kept.
 
