@@ -26,6 +26,7 @@ from veda_compile.kernels.hopper import attend as module
 from veda_compile.kernels.hopper.kernel import attend_kernel
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan, TileShape
+from veda_compile.kernels.triton.tables import KeyRows
 
 MASKED = Layout.of(Extra(70), Video(21, 45, 80), Extra(226))
 SMALLEST = Layout.of(Extra(1), Video(1, 1, 1), Extra(1))
@@ -35,13 +36,17 @@ BFLOAT16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation. by_head: tensors are (B, H, N, D), else (B, N, H, D), in memory."""
+    """One specialisation. by_head: tensors are (B, H, N, D), else (B, N, H, D), in memory.
+
+    padded: with `key_valid`.
+    """
 
     shape: TileShape
     head_dim: int
     layout: Layout
     dtype: torch.dtype = BFLOAT16
     by_head: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ class Compiled:
 def cases() -> list[Case]:
     """Every configuration, with masks, which cost registers; and what else changes the code."""
     shapes: dict[int, TileShape] = {64: (4, 4, 4), 128: (4, 4, 8)}
-    found = [Case(shapes[size], head_dim, MASKED) for head_dim, size in module.CONFIGS]
+    found = [
+        Case(shapes[size], head_dim, MASKED, padded=padded)
+        for head_dim, size in module.CONFIGS
+        for padded in (False, True)
+    ]
     # sizes of 1 would be constants to Triton, were they not declared otherwise
     found.append(Case((1, 1, 128), 128, SMALLEST, torch.float16))
     return [*found, Case((4, 4, 8), 128, WHOLE, by_head=True)]
@@ -87,6 +96,12 @@ class _Gpu:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def _valid_rows(table: torch.Tensor, key_valid: torch.Tensor) -> KeyRows:
+    """`valid_rows` where nothing can be launched."""
+    rows = table.new_empty((len(key_valid), *table.shape))
+    return KeyRows(rows, rows.new_empty(rows.shape[:2], dtype=torch.float32))
 
 
 class _Compiler:
@@ -109,11 +124,13 @@ def compile_case(case: Case) -> Compiled:
     x = torch.empty(1, *sides, case.head_dim, dtype=case.dtype, device="meta")
     x = x if case.by_head else x.transpose(1, 2)
     plan = Plan.uniform(heads, case.shape, 0.1)
-    call = AttentionCall(x, x, x, case.layout, plan, 0.1)
+    valid = x.new_empty((1, tokens), dtype=torch.bool) if case.padded else None
+    call = AttentionCall(x, x, x, case.layout, plan, 0.1, valid)
     lists = torch.empty(1, heads, 1000, 16, dtype=torch.int32, device="meta")
     compiler = _Compiler()
     with (
         mock.patch.object(module, "attend_kernel", compiler),
+        mock.patch.object(module, "valid_rows", _valid_rows),
         mock.patch.object(type(triton.runtime.driver), "active", _Gpu()),
     ):
         module.attend(call, Selection(lists, lists[..., 0]))

@@ -53,7 +53,7 @@ class Pointer:
 def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
     at, used = pointer.places(mask)
     found = np.where(used, pointer.data[at] if pointer.data.size else 0, other)
-    return found if found.shape else int(found)
+    return found if found.shape else found.item()
 
 
 def _store(pointer: Pointer, value: np.ndarray, mask: Any = None) -> None:

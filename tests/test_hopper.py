@@ -1,5 +1,7 @@
 """The Hopper kernel's own source, run in numpy, against the reference executor."""
 
+import contextlib
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -16,6 +18,7 @@ from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.errors import ExecutorError
 from veda_compile.kernels.executors import Traits, choose_executor, executor_name
 from veda_compile.kernels.hopper import attend as module
+from veda_compile.kernels.hopper import overlap
 from veda_compile.kernels.hopper.executor import HopperExecutor
 from veda_compile.kernels.hopper.views import refusal
 from veda_compile.kernels.layout import Context, Extra, Layout, Video
@@ -120,6 +123,45 @@ def test_rows_of_unequal_length_and_of_none(layout: Layout) -> None:
     assert_right(call, selection, Launcher())
 
 
+VALID_CALLS = {
+    "video alone": lambda: make_call(RAGGED, batch=2),
+    "whole tiles": lambda: make_call(WHOLE, tile=64),
+    "text": lambda: make_call(TEXT, batch=2, shapes=(CUBE[128], ROW[128])),
+    "context": lambda: make_call(MIXED, 128, 64, batch=2, density=(0.4, 1.0)),
+    "heads apart, keep all": lambda: replace(
+        make_call(TEXT, 64, 64, batch=2, by_head=True), keep_all=torch.tensor(True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALID_CALLS)
+def test_keys_that_do_not_count(name: str) -> None:
+    """Some here and there, whole boxes of the video and of the text; their logits are NaN."""
+    call = VALID_CALLS[name]()
+    batch, _, keys, _ = call.k.shape
+    valid = torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) < 0.8
+    valid[-1, :40] = False
+    valid[:, -160:] = False
+    hidden = ~valid[:, None, :, None]
+    call.k.masked_fill_(hidden, torch.nan)
+    call.v.masked_fill_(hidden, 1e4)
+    call = replace(call, key_valid=valid)
+    assert_right(call, unlisted(REFERENCE.select(call), call), Launcher())
+    every = replace(call, key_valid=torch.ones_like(valid), keep_all=None)
+    every.k.nan_to_num_(0.5)
+    assert_right(every, REFERENCE.select(every), Launcher())
+
+
+def test_no_key_counts() -> None:
+    call = make_call(TEXT, batch=2)
+    valid = torch.ones(2, TEXT.length, dtype=torch.bool)
+    valid[1] = False
+    call = replace(call, key_valid=valid)
+    selection = REFERENCE.select(replace(call, key_valid=None))
+    assert_right(call, selection, Launcher())
+    assert not REFERENCE.attend(call, selection)[0][1].any()
+
+
 def test_rows_that_keep_everything_need_no_list() -> None:
     call = make_call(TEXT, density=(0.3, 1.0), shapes=(CUBE[128], ROW[128]))
     selection = unlisted(REFERENCE.select(call), call)
@@ -205,8 +247,46 @@ def test_faults_are_caught(name: str) -> None:
     assert issubclass(Fault, AssertionError)
 
 
+def test_launches_run_side_by_side_and_everything_else_waits() -> None:
+    happened: list[tuple[str, ...]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            happened.append((self.name, "waits for", other.name))
+
+    on, made, current = ["main"], itertools.count(1), Stream("main")
+
+    @contextlib.contextmanager
+    def using(stream: Stream):
+        on.append(stream.name)
+        yield
+        on.pop()
+
+    overlap._streams.cache_clear()
+    with (
+        mock.patch.object(torch.cuda, "current_stream", lambda device: current),
+        mock.patch.object(torch.cuda, "Stream", lambda device: Stream(f"side {next(made)}")),
+        mock.patch.object(torch.cuda, "stream", using),
+    ):
+        launches = [lambda i=i: happened.append((on[-1], "launch", str(i))) for i in range(3)]
+        for _ in range(2):
+            overlap.side_by_side(torch.device("cuda", 0), launches)
+    overlap._streams.cache_clear()
+    assert happened == 2 * [
+        ("side 1", "waits for", "main"),
+        ("side 1", "launch", "1"),
+        ("side 2", "waits for", "main"),
+        ("side 2", "launch", "2"),
+        ("main", "launch", "0"),
+        ("main", "waits for", "side 1"),
+        ("main", "waits for", "side 2"),
+    ]
+
+
 REFUSED = {
-    "key_valid": lambda c: replace(c, key_valid=torch.ones(1, c.k.shape[2], dtype=torch.bool)),
     "2 video segments": lambda c: replace(c, layout=Layout.of(Video(1, 6, 13), Video(2, 6, 13))),
     "scale -0.5": lambda c: replace(c, scale=-0.5),
     "channels must be contiguous": lambda c: replace(c, q=c.q.mT.contiguous().mT),

@@ -22,6 +22,8 @@ def compiled(tmp_path_factory):
 def test_every_configuration_was_compiled(compiled):
     found = {(item["head_dim"], item["tile"]) for item in compiled}
     assert found == {(d, s) for d in (64, 128) for s in (64, 128)}
+    padded = {(i["head_dim"], i["tile"]) for i in compiled if "padded=True" in i["case"]}
+    assert padded == found
     assert any("float16" in item["case"].replace("bfloat16", "") for item in compiled)
 
 

@@ -36,7 +36,8 @@ class Trial:
     """One call to check; what it leaves unset is plain.
 
     lists: rewrites the reference's lists before attention. score: see `Plan`. by_head: q, k and v
-        are stored as (B, H, N, D), not as (B, N, H, D).
+        are stored as (B, H, N, D), not as (B, N, H, D). padded: with keys that do not count;
+        their values are `hidden`.
     plan: in place of density, shapes and score.
     """
 
@@ -52,6 +53,7 @@ class Trial:
     score: str = "closed_form"
     scale: float | None = None
     padded: bool = False
+    hidden: float = math.nan
     keep_all: bool | None = None
     channel_step: int = 1
     by_head: bool = False
@@ -117,6 +119,10 @@ def _features(
     yield replace(plain, name="GQA", density=(0.1, 0.4, 0.5, 1.0), kv_heads=2)
     yield replace(plain, name="a shape per head", shapes=(SHAPES[size], (1, 8, size // 8)))
     yield replace(plain, name="key validity", layout=mixed, padded=True, batch=2)
+    # not every kernel takes NaN among the values of keys that do not count
+    padded = replace(plain, padded=True, hidden=1e4, batch=2)
+    yield replace(padded, name="key validity, one video", layout=one)
+    yield replace(padded, name="key validity, video alone", keep_all=True)
     yield replace(plain, name="score mean", score="mean")
     yield replace(plain, name="score projection", score="projection")
     yield replace(plain, name="an unusual scale", scale=0.31)
@@ -164,7 +170,7 @@ def _check(setting: Setting, trial: Trial) -> dict[str, Any]:
 
 
 def make_call(trial: Trial, device: str, seed: int) -> AttentionCall:
-    """Random numbers within buffers of NaN; keys that do not count are NaN too."""
+    """Random numbers within buffers of NaN, which keys that do not count are too."""
     generator = torch.Generator().manual_seed(seed)
     plan = trial.plan or _plan(trial, generator)
     heads, dim, layout = plan.heads, trial.head_dim, trial.layout
@@ -187,8 +193,9 @@ def make_call(trial: Trial, device: str, seed: int) -> AttentionCall:
         valid = torch.rand(trial.batch, layout.length, generator=generator) < 0.7
         valid[-1, : layout.length // 3] = False
         valid = valid.to(device)
-        for x in (k, v):
-            x.masked_fill_(~valid[:, None, :, None], math.nan)
+        hidden = ~valid[:, None, :, None]
+        k.masked_fill_(hidden, math.nan)
+        v.masked_fill_(hidden, trial.hidden)
     flag = None if trial.keep_all is None else torch.tensor(trial.keep_all, device=device)
     scale = trial.scale or 1.0 / math.sqrt(dim)
     return AttentionCall(q, k, v, layout, _on(plan, device), scale, valid, flag)

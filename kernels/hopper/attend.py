@@ -1,18 +1,20 @@
-"""Launching the Hopper forward: one launch per tile shape of the layer."""
+"""Launching the Hopper forward: one launch per tile shape of the layer, side by side."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from ..call import AttentionCall, Selection, empty_output
 from ..plan import TileShape, count_tiles
-from .descriptors import box_contents, grid_boxes, run_boxes
+from ..triton.tables import valid_rows
+from .descriptors import box_contents, box_rows, grid_boxes, run_boxes
 from .kernel import attend_kernel
-from .views import HeadView, head_view, runs_of
+from .overlap import side_by_side
+from .views import HeadView, Runs, head_view, runs_of
 
 ROWS = 64
 """Query rows of one warpgroup."""
@@ -48,14 +50,18 @@ def attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tensor, tor
     """out (B, H, Nq, D) stored as (B, Nq, H, D) and the natural-log LSE (B, H, Nq) float32.
 
     For calls that `refusal` has nothing against. A row without any key gives 0 and LSE -inf. List
-    entries past a row's count are not read.
+    entries past a row's count are not read. Values of keys that do not count must be finite, as in
+    torch's own attention: they are multiplied by 0.
     """
     q = call.q
     out = empty_output(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = Selection(selection.indices.contiguous(), selection.counts.contiguous())
-    for shape, heads in call.plan.groups().items():
-        _launch(call, lists, out, lse, shape, tuple(heads))
+    groups = call.plan.groups().items()
+    side_by_side(
+        q.device,
+        [partial(_launch, call, lists, out, lse, shape, tuple(heads)) for shape, heads in groups],
+    )
     return out, lse
 
 
@@ -79,7 +85,7 @@ def _launch(
     )
     tiles = count_tiles(grid, shape)
     slots = tiles + sum(-(-n // keys) for n in (runs.before_queries, runs.after_queries))
-    contents = box_contents(runs, shape, keys, q.device)
+    contents, key_rows = _keys(call, runs, shape)
     attend_kernel[(slots, len(heads), q.shape[0])](
         grid_boxes(q, q_view, runs.before_queries, grid, share),
         grid_boxes(k, k_view, runs.before_keys, grid, shape),
@@ -98,6 +104,8 @@ def _launch(
         lists.indices,
         lists.counts,
         contents,
+        key_rows,
+        contents.shape[-1],
         q_view.step,
         k_view.step,
         v_view.step,
@@ -122,8 +130,10 @@ def _launch(
         GROUPS=config.groups,
         BLOCK_N=keys,
         STAGES=config.stages,
-        # whole tiles and no other tokens: no box lacks a key
-        MASKED=len(contents) > tiles or any(n % p for n, p in zip(grid, shape, strict=True)),
+        # whole tiles, no other tokens and none ruled out: no box lacks a key
+        MASKED=key_rows is not None
+        or contents.shape[-1] > tiles
+        or any(n % p for n, p in zip(grid, shape, strict=True)),
         Q_FOLDED=q_view.folded,
         K_FOLDED=k_view.folded,
         V_FOLDED=v_view.folded,
@@ -132,6 +142,17 @@ def _launch(
         maxnreg=config.most_registers,
         enable_fp_fusion=True,
     )
+
+
+def _keys(
+    call: AttentionCall, runs: Runs, shape: TileShape
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`contents` and `key_rows` of the kernel."""
+    size, device = call.plan.tile_size, call.q.device
+    if call.key_valid is None:
+        return box_contents(runs, shape, size, device), None
+    keys = valid_rows(box_rows(runs, shape, size, device), call.key_valid)
+    return keys.log_sizes, keys.rows
 
 
 def _view(x: torch.Tensor) -> HeadView:

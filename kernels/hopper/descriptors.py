@@ -83,3 +83,25 @@ def box_contents(runs: Runs, shape: TileShape, keys: int, device: torch.device) 
         packed += [whole | min(keys, length - at) << 24 for at in range(0, length, keys)]
     # the highest byte reaches into the sign
     return torch.tensor(packed, dtype=torch.int64, device="cpu").to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=256)
+def box_rows(runs: Runs, shape: TileShape, keys: int, device: torch.device) -> torch.Tensor:
+    """(n, keys) int32 on `device`: the key at each place of each box, -1 where a box lacks one.
+
+    Boxes as in `box_contents`; keys are numbered as the call's. Cached, read-only.
+    """
+    boxes = [-(-side // step) for side, step in zip(runs.grid, shape, strict=True)]
+    sides = [count * step for count, step in zip(boxes, shape, strict=True)]
+    t, h, w = runs.grid
+    video = torch.full(sides, -1, dtype=torch.int32, device="cpu")
+    past = runs.before_keys + t * h * w
+    numbers = torch.arange(runs.before_keys, past, dtype=torch.int32, device="cpu")
+    video[:t, :h, :w] = numbers.view(t, h, w)
+    split = [part for pair in zip(boxes, shape, strict=True) for part in pair]
+    parts = [video.view(split).permute(0, 2, 4, 1, 3, 5).reshape(-1, keys)]
+    for first, length in ((0, runs.before_keys), (past, runs.after_keys)):
+        run = torch.full((-(-length // keys) * keys,), -1, dtype=torch.int32, device="cpu")
+        run[:length] = torch.arange(first, first + length, dtype=torch.int32, device="cpu")
+        parts.append(run.view(-1, keys))
+    return torch.cat(parts).to(device)

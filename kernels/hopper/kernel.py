@@ -22,6 +22,7 @@ def place_of(batch, head, heads, step, FOLDED: gl.constexpr):
 
 # sizes change no instruction of the loops: one compilation serves all grids and text lengths
 SIZES = (
+    "boxes",
     "q_step",
     "k_step",
     "v_step",
@@ -63,6 +64,8 @@ def attend_kernel(
     indices_ptr,
     counts_ptr,
     contents_ptr,
+    key_rows_ptr,
+    boxes,
     q_step,
     k_step,
     v_step,
@@ -99,7 +102,9 @@ def attend_kernel(
 
     Programs of tokens without a grid attend to everything, run longest and come first. BOX is the
     tile shape, SHARE the part of it that one warpgroup has. A descriptor that the sequence has no
-    use for is None. `*_step`: elements from one head to the next on a box's last axis.
+    use for is None. `*_step`: elements from one head to the next on a box's last axis. key_rows:
+    None, or (B, boxes, BLOCK_N) int32 with the keys of each batch element that count, else -1.
+    contents: (boxes,), of all batch elements, or with key_rows (B, boxes): see `hide_absent`.
     """
     slot = gl.program_id(0)
     head = gl.load(heads_ptr + gl.program_id(1))
@@ -116,6 +121,10 @@ def attend_kernel(
         listed = gl.load(counts_ptr + line)
     tile_list = indices_ptr + line * list_width
     lse = lse_ptr + place * queries
+    contents, key_rows = contents_ptr, key_rows_ptr
+    if key_rows_ptr is not None:
+        contents = contents_ptr + gl.cast(batch, gl.int64) * boxes
+        key_rows = key_rows_ptr + gl.cast(batch, gl.int64) * boxes * BLOCK_N
     kv_heads = heads // kv_repeat
     q_at = place_of(batch, head, heads, q_step, Q_FOLDED)
     k_at = place_of(batch, head // kv_repeat, kv_heads, k_step, K_FOLDED)
@@ -149,14 +158,16 @@ def attend_kernel(
             [
                 (attend_rows, (q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free,
                                turns, out_boxes, out_before, out_after, lse, 0,
-                               slot, before_slots, extra_slots, tile_list, listed, contents_ptr,
-                               extra_steps, before_queries, after_queries, out_at, tiles, across,
-                               grid, scale, BOX, SHARE, GROUPS, BLOCK_N, HEAD_DIM, STAGES, MASKED)),
+                               slot, before_slots, extra_slots, tile_list, listed, contents,
+                               key_rows, extra_steps, before_queries, after_queries, out_at,
+                               tiles, across, grid, scale, BOX, SHARE, GROUPS, BLOCK_N,
+                               HEAD_DIM, STAGES, MASKED)),
                 (attend_rows, (q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free,
                                turns, out_boxes, out_before, out_after, lse, 1,
-                               slot, before_slots, extra_slots, tile_list, listed, contents_ptr,
-                               extra_steps, before_queries, after_queries, out_at, tiles, across,
-                               grid, scale, BOX, SHARE, GROUPS, BLOCK_N, HEAD_DIM, STAGES, MASKED)),
+                               slot, before_slots, extra_slots, tile_list, listed, contents,
+                               key_rows, extra_steps, before_queries, after_queries, out_at,
+                               tiles, across, grid, scale, BOX, SHARE, GROUPS, BLOCK_N,
+                               HEAD_DIM, STAGES, MASKED)),
                 (load, (q_boxes, k_boxes, v_boxes, q_before, q_after, k_before, k_after,
                         v_before, v_after, q_at, k_at, v_at,
                         q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free,
@@ -172,9 +183,10 @@ def attend_kernel(
             [
                 (attend_rows, (q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free,
                                turns, out_boxes, out_before, out_after, lse, 0,
-                               slot, before_slots, extra_slots, tile_list, listed, contents_ptr,
-                               extra_steps, before_queries, after_queries, out_at, tiles, across,
-                               grid, scale, BOX, SHARE, GROUPS, BLOCK_N, HEAD_DIM, STAGES, MASKED)),
+                               slot, before_slots, extra_slots, tile_list, listed, contents,
+                               key_rows, extra_steps, before_queries, after_queries, out_at,
+                               tiles, across, grid, scale, BOX, SHARE, GROUPS, BLOCK_N,
+                               HEAD_DIM, STAGES, MASKED)),
                 (load, (q_boxes, k_boxes, v_boxes, q_before, q_after, k_before, k_after,
                         v_before, v_after, q_at, k_at, v_at,
                         q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free,

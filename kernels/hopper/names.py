@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -31,3 +33,9 @@ def whole_box(box, keys):
     """What `box_contents` holds for a box that has all its keys."""
     packed = box[0] | box[1] << 8 | box[2] << 16 | keys << 24
     return packed - (1 << 32) if packed >= 1 << 31 else packed
+
+
+@gluon.constexpr_function
+def nearly_whole(keys):
+    """Below what the log of the keys that count in a box is, where it lacks some."""
+    return math.log(keys - 0.5)

@@ -17,7 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .names import load_box, product_layout, store_box, wait_for_stores, whole_box
+from .names import (
+    load_box,
+    nearly_whole,
+    product_layout,
+    store_box,
+    wait_for_stores,
+    whole_box,
+)
 
 ROWS = gl.constexpr(64)
 
@@ -127,13 +134,19 @@ def load(
 
 
 @gluon.jit
-def hide_absent(logits, found, BOX: gl.constexpr, BLOCK_N: gl.constexpr):
+def hide_absent(logits, found, key_rows, box, BOX: gl.constexpr, BLOCK_N: gl.constexpr):
     """-inf for keys that are none: what a box has outside the grid or past its segment's end.
 
-    found: what the box does have, see `box_contents`. Whole boxes, nearly all of them,
-    cost one comparison.
+    found: what the box does have, see `box_contents`; with `key_rows`, the keys at the places of
+    all boxes, -1 for those that do not count, it is the log of how many do. Whole boxes, nearly
+    all of them, cost one comparison.
     """
-    if found != whole_box(BOX, BLOCK_N):
+    if key_rows is not None:
+        if found < nearly_whole(BLOCK_N):
+            columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, product_layout(BLOCK_N)))
+            there = gl.load(key_rows + box * BLOCK_N + columns) >= 0
+            logits = gl.where(there[None, :], logits, -float("inf"))
+    elif found != whole_box(BOX, BLOCK_N):
         columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, product_layout(BLOCK_N)))
         # 0, which the compiler cannot see: it would compute the places of all columns before the
         # loop and keep them in registers that the products need
@@ -144,6 +157,18 @@ def hide_absent(logits, found, BOX: gl.constexpr, BLOCK_N: gl.constexpr):
         there = there & (column % BOX[2] < (found >> 16) & 255)
         logits = gl.where(there[None, :], logits, -float("inf"))
     return logits
+
+
+@gluon.jit
+def shift_of(highest, scale, key_rows):
+    """What the scaled logits are taken against: their maximum, 0 in rows without any key so far.
+
+    -inf - -inf would be NaN. Without `key_rows` every box has a key that counts.
+    """
+    shift = highest * scale
+    if key_rows is not None:
+        shift = gl.where(highest == -float("inf"), 0.0, shift)
+    return shift
 
 
 @gluon.jit
@@ -166,7 +191,7 @@ def begin_values(p, ring, full, acc, step, STAGES: gl.constexpr):
 def attend_rows(
     q_smem, k_ring, v_ring, q_full, k_full, k_free, v_full, v_free, turns,
     out_boxes, out_before, out_after, lse, group: gl.constexpr,
-    slot, before_slots, extra_slots, tile_list, listed, contents, extra_steps,
+    slot, before_slots, extra_slots, tile_list, listed, contents, key_rows, extra_steps,
     before_queries, after_queries, out_at, tiles, across, grid, scale,
     BOX: gl.constexpr, SHARE: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
@@ -190,21 +215,22 @@ def attend_rows(
     mbarrier.wait(q_full, 0)
     if steps > 0:
         if MASKED:
-            found = gl.load(contents + box_at(tile_list, 0, listed, everything, tiles))
+            here = box_at(tile_list, 0, listed, everything, tiles)
+            found = gl.load(contents + here)
             box = box_at(tile_list, 1, listed, everything, tiles)
         logits = begin_logits(q, k_ring, k_full, 0, BLOCK_N, STAGES)
         logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(k_free.index(0))
         if MASKED:
-            logits = hide_absent(logits, found, BOX, BLOCK_N)
-        # every box has a key that counts, so that a maximum is finite from the first step on
+            logits = hide_absent(logits, found, key_rows, here, BOX, BLOCK_N)
         highest = gl.max(logits, 1)
-        weights = gl.exp2(logits * scale - (highest * scale)[:, None])
+        weights = gl.exp2(logits * scale - shift_of(highest, scale, key_rows)[:, None])
         total = gl.sum(weights, 1)
         p = gl.convert_layout(gl.cast(weights, q.dtype), WEIGHTS)
         for step in range(1, steps):
             if MASKED:
-                found = gl.load(contents + box)
+                here = box
+                found = gl.load(contents + here)
                 box = box_at(tile_list, step + 1, listed, everything, tiles)
             if GROUPS == 2:  # in turn, so that one's softmax meets the other's products
                 mbarrier.wait(turns.index(group), (step ^ group) & 1)
@@ -215,9 +241,9 @@ def attend_rows(
             logits = warpgroup_mma_wait(1, deps=[logits])
             mbarrier.arrive(k_free.index(step % STAGES))
             if MASKED:
-                logits = hide_absent(logits, found, BOX, BLOCK_N)
+                logits = hide_absent(logits, found, key_rows, here, BOX, BLOCK_N)
             higher = gl.maximum(highest, gl.max(logits, 1))
-            shift = higher * scale
+            shift = shift_of(higher, scale, key_rows)
             weights = gl.exp2(logits * scale - shift[:, None])
             decay = gl.exp2(highest * scale - shift)
             total = total * decay + gl.sum(weights, 1)

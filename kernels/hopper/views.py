@@ -74,8 +74,6 @@ def refusal(call: AttentionCall) -> str | None:
 
     Head widths, tile sizes and dtypes are traits: see `HopperExecutor.verify`.
     """
-    if call.key_valid is not None:
-        return "key_valid is given: keys are masked by their place on the grid alone"
     videos = len(call.layout.videos)
     if videos != 1:
         return f"layout {call.layout} has {videos} video segments: must be one"

@@ -116,25 +116,31 @@ def layer_tables(
 
 
 def key_rows(tables: LayerTables, key_valid: torch.Tensor | None) -> KeyRows:
-    """The table without the keys that `key_valid` (B, Nk) bool rules out, in one launch.
+    """The table without the keys that `key_valid` (B, Nk) bool rules out.
 
-    Taking them out here spares every kernel a second mask. Nothing is read back to the host.
+    Taking them out here spares every kernel a second mask.
     """
-    if key_valid is None:
-        return tables.all_keys
+    return tables.all_keys if key_valid is None else valid_rows(tables.rows, key_valid)
+
+
+def valid_rows(table: torch.Tensor, key_valid: torch.Tensor) -> KeyRows:
+    """`table` (R, S) int32, numbers of keys or -1, without those that `key_valid` rules out.
+
+    key_valid: (B, Nk) bool. One launch; nothing is read back to the host.
+    """
     device, batch = key_valid.device, key_valid.shape[0]
-    rows = torch.empty((batch, *tables.rows.shape), dtype=torch.int32, device=device)
+    rows = torch.empty((batch, *table.shape), dtype=torch.int32, device=device)
     log_sizes = torch.empty(rows.shape[:2], dtype=torch.float32, device=device)
     gpu = device.type == "cuda"  # Triton launches on the current GPU, which need not be this one
     with torch.cuda.device(device) if gpu else contextlib.nullcontext():
         keys.valid_keys_kernel[(triton.cdiv(rows.shape[1], keys.ROWS), batch)](
-            tables.rows,
+            table,
             key_valid,
             rows,
             log_sizes,
             *key_valid.stride(),
             rows.shape[1],
-            TILE=tables.tile_size,
+            TILE=table.shape[1],
             ROWS=keys.ROWS,
             num_warps=4,
             enable_fp_fusion=True,
