@@ -16,7 +16,8 @@ from .writes import Writes
 
 _LENGTHS = 2
 """The block mask starts with the lengths of queries and keys it is made for."""
-_BLOCK_MASK_SIDES = 17
+_BLOCK_MASK_SIDES = (13, 17)
+"""How many values stand for it: in torch 2.11, and from 2.13 on with the orders of the backward."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def _token_masks(
     writes: Writes,
 ) -> tuple[Indexed, ...]:
     """The boolean tensors that a block mask made in the graph stands for; none if unproven."""
-    if not isinstance(block_mask, tuple) or len(block_mask) != _BLOCK_MASK_SIDES:
+    if not isinstance(block_mask, tuple) or len(block_mask) not in _BLOCK_MASK_SIDES:
         return ()
     body = _body(owner, block_mask[-1])
     if body is None or not isinstance(captured, (tuple, list)):
@@ -97,7 +98,7 @@ def _token_masks(
 
 def _structure(owner: fx.GraphModule, block_mask: object, k: fx.Node) -> str | None:
     """None if a block mask provably shows every query every key, else what it is."""
-    if not isinstance(block_mask, tuple) or len(block_mask) != _BLOCK_MASK_SIDES:
+    if not isinstance(block_mask, tuple) or len(block_mask) not in _BLOCK_MASK_SIDES:
         return "a block mask of an unknown form"
     counts, indices, full_counts = block_mask[_LENGTHS : _LENGTHS + 3]
     block_q, block_k, rule = block_mask[-3:]

@@ -51,7 +51,9 @@ def lists_all_of(
     counts, places, full_counts, full_places = block_mask[2:6]
     block = block_mask[-3] * block_mask[-2]
     partial, full = _listed(counts, places), _listed(full_counts, full_places)
-    if partial is None or full is None or not _calls(full, "eq") or not _calls(partial, "and_"):
+    if partial is None or full is None or not _calls(partial, "and_"):
+        return None
+    if not (_calls(full, "eq") or _calls(full, "__eq__")):  # the latter before torch 2.13
         return None
     shown = full.args[0]
     more, less = partial.args
