@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -58,10 +59,9 @@ def attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tensor, tor
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = Selection(selection.indices.contiguous(), selection.counts.contiguous())
     groups = call.plan.groups().items()
-    side_by_side(
-        q.device,
-        [partial(_launch, call, lists, out, lse, shape, tuple(heads)) for shape, heads in groups],
-    )
+    # all made before any runs: what these allocate belongs to the current stream
+    launches = [_launch(call, lists, out, lse, shape, tuple(heads)) for shape, heads in groups]
+    side_by_side(q.device, launches)
     return out, lse
 
 
@@ -72,8 +72,8 @@ def _launch(
     lse: torch.Tensor,
     shape: TileShape,
     heads: tuple[int, ...],
-) -> None:
-    """Write the rows of these heads, which all have tiles of this shape."""
+) -> Callable[[], None]:
+    """What writes the rows of these heads, which all have tiles of this shape."""
     q, k, v = call.q, call.k, call.v
     head_dim, keys = q.shape[3], call.plan.tile_size
     config = CONFIGS[head_dim, keys]
@@ -86,7 +86,8 @@ def _launch(
     tiles = count_tiles(grid, shape)
     slots = tiles + sum(-(-n // keys) for n in (runs.before_queries, runs.after_queries))
     contents, key_rows = _keys(call, runs, shape)
-    attend_kernel[(slots, len(heads), q.shape[0])](
+    return partial(
+        attend_kernel[(slots, len(heads), q.shape[0])],
         grid_boxes(q, q_view, runs.before_queries, grid, share),
         grid_boxes(k, k_view, runs.before_keys, grid, shape),
         grid_boxes(v, v_view, runs.before_keys, grid, shape),
