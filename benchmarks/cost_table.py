@@ -5,7 +5,8 @@ in three cases fit the costs of `kernels/cost_tables.py`; the others judge them:
 predicted gains from measured ones, and is a call that the backend would make sparse ever slower
 than dense? `--write` writes the tables. Costs are those of one thread (OMP_NUM_THREADS=1) and of
 the processor's time, so that other work on the machine counts little. `--judge` also takes several
-threads, by the clock; only an idle machine tells anything then.
+threads, by the clock; only an idle machine tells anything then. `--gpu` takes recorded times of
+GPUs in place of measuring, and with `--write` writes `kernels/kernel_tables.py` too.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from rich.table import Table
 
 from benchmarks.cost_fit import Timed, fitted, write_tables
 from benchmarks.gpu.cost_records import timed_records
+from benchmarks.kernel_table import kernel_records, shown, write_table
 from veda_compile.functional import sparse_attention
 from veda_compile.kernels.cost_model import Forecast, Work, from_table, with_threads, work_of
 from veda_compile.kernels.cost_tables import TABLES, CostTable
+from veda_compile.kernels.kernel_tables import FASTER
 from veda_compile.kernels.layout import Extra, Layout, Video
 from veda_compile.kernels.plan import Plan, least_padding_shape
 from veda_compile.options import tile_size_for
@@ -139,7 +142,7 @@ def main(
     count: Annotated[int, typer.Option(help="Cases of each dtype.")] = 42,
     repeats: Annotated[int, typer.Option(help="Measured runs of each.")] = 3,
     seed: int = 0,
-    write: Annotated[bool, typer.Option("--write", help="kernels/cost_tables.py anew.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="The tables in kernels/ anew.")] = False,
     raw: Annotated[Path | None, typer.Option(help="File for the measurements.")] = None,
     judge: Annotated[
         bool, typer.Option("--judge", help="Fit nothing: how good are the tables there are?")
@@ -192,8 +195,13 @@ def _from_records(folder: Path, console: Console, write: bool) -> None:
         pairs = judged(measured[::3], tables[name])
         console.print(_table(name, pairs))
         told[name] = summary(pairs)
+    measured = kernel_records(folder)
+    faster = measured.table(FASTER)
+    console.print(shown(measured, faster))
+    told["hopper"] = {" ".join(map(str, kind)): gain for kind, gain in faster.items()}
     if write:
         write_tables(tables)
+        write_table(faster)
     sys.stdout.write(json.dumps(told) + "\n")
 
 

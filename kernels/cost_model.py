@@ -18,6 +18,7 @@ import torch
 from .budget import kept_density
 from .cost_tables import PLAIN_CPU, TABLES, CostTable
 from .cpu import has_native_kernels
+from .executors import capability_here
 from .layout import Layout
 from .plan import Plan, count_tiles
 from .static_modes import mode_density
@@ -139,9 +140,7 @@ def with_threads(table: CostTable, threads: int) -> CostTable:
 def _table_of(device: str, dtype: str) -> CostTable | None:
     if device == "cpu":
         return TABLES.get(f"cpu {dtype}")
-    generation = 0
-    if device == "cuda" and torch.cuda.is_available():
-        generation = torch.cuda.get_device_capability()[0]
+    generation = capability_here()[0] if device == "cuda" else 0
     return TABLES.get(f"cuda {generation} {dtype}") or TABLES["cuda"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 
 from .call import AttentionCall, Selection
 from .errors import ExecutorError
+from .kernel_tables import FASTER, Kind
 
 
 class Answer(NamedTuple):
@@ -92,22 +94,66 @@ def get_executor(name: str) -> Executor:
     raise ExecutorError(f"executor {name!r}: must be one of auto, {', '.join(EXECUTOR_NAMES)}")
 
 
-def executor_name(requested: str, device: str) -> str:
-    """The executor that `requested` stands for on a device type."""
+def default_name(requested: str, device: str) -> str:
+    """The executor that `requested` stands for on a device type, measurements aside."""
     if requested == "auto":
         return "cpu" if device == "cpu" else "triton"
     return requested
 
 
-def choose_executor(requested: str, traits: Traits) -> Executor:
-    """The executor for calls with `traits`; "auto" means "cpu" on CPU and "triton" elsewhere.
+class Choice(NamedTuple):
+    """The name of an executor. reason: why not the one that was measured faster; "" where it is
+    that one, or none was, or another was asked for."""
 
-    "hopper" has to be asked for by name, until it is shown to be the faster one on its GPUs.
+    name: str
+    reason: str = ""
 
-    Raises ExecutorError when it cannot run such calls. Nothing else is tried in its place: what
-    runs is what was asked for, or what "auto" is documented to mean.
+
+def choose(requested: str, traits: Traits, call: AttentionCall | None = None) -> Choice:
+    """The executor that `requested` stands for.
+
+    "auto" means "cpu" on CPU, and "triton" elsewhere, but "hopper" where `kernel_tables.FASTER`
+    has calls with these traits, on a GPU that it runs on.
+    call: what is known of the calls; those that "hopper" refuses run on "triton". Its device does
+        not count.
     """
-    name = executor_name(requested, traits.device)
+    name = default_name(requested, traits.device)
+    if requested != "auto" or traits.device != "cuda":
+        return Choice(name)
+    dtype = str(traits.dtype).removeprefix("torch.")
+    gain = FASTER.get(Kind(capability_here()[0], dtype, traits.head_dim, traits.tile_size))
+    if gain is None:
+        return Choice(name)
+    why = _against_hopper(traits, call)
+    if why is None:
+        return Choice("hopper")
+    return Choice(name, f"hopper, measured {gain:.2f}x as fast, cannot run such calls: {why}")
+
+
+def _against_hopper(traits: Traits, call: AttentionCall | None) -> str | None:
+    try:
+        answer = get_executor("hopper").verify(traits)
+    except ExecutorError as error:
+        return str(error)
+    if not answer.ok or call is None:
+        return answer.reason or None
+    from .hopper.views import refusal
+
+    return refusal(call)
+
+
+def choose_executor(requested: str, traits: Traits) -> Executor:
+    """The executor for calls with `traits`, by name, or for "auto" as `choose` says.
+
+    Raises ExecutorError when one that was asked for by name cannot run such calls, or nothing can:
+    nothing is tried in its place. Where "auto" means "hopper", single calls that it refuses run on
+    "triton" all the same, and a warning says why.
+    """
+    name = choose(requested, traits).name
+    if requested == "auto" and name == "hopper":
+        from .hopper.executor import HopperExecutor
+
+        return HopperExecutor(or_portable=True)
     executor = get_executor(name)
     answer = executor.verify(traits)
     if not answer.ok:
@@ -115,15 +161,29 @@ def choose_executor(requested: str, traits: Traits) -> Executor:
     return executor
 
 
+def capability_here() -> tuple[int, int]:
+    """The compute capability of the current GPU, (9, 0) for Hopper; (0, 0) without one of NVIDIA's,
+    as other vendors' numbers mean something else."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return (0, 0)
+    return torch.cuda.get_device_capability()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one: kernels launch there, and it need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def execute(requested: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, Selection]:
     """Run `call` on the executor that `requested` stands for: (out, lse, selection).
 
     Raises ExecutorError where that one cannot run it.
     """
-    traits = Traits(call.q.device.type, call.q.dtype, call.q.shape[-1], call.plan.tile_size)
-    executor = choose_executor(requested, traits)
+    device = call.q.device
+    traits = Traits(device.type, call.q.dtype, call.q.shape[-1], call.plan.tile_size)
     # autocast would turn the float32 products of scores and softmax into bfloat16 ones
-    with torch.autocast(call.q.device.type, enabled=False):
+    with on_device(device), torch.autocast(device.type, enabled=False):
+        executor = choose_executor(requested, traits)
         selection = executor.select(call)
         out, lse = executor.attend(call, selection)
     return out, lse, selection

@@ -260,6 +260,13 @@ def valid_keys(graph: fx.Graph, finding: Finding, q: fx.Node, k: fx.Node) -> fx.
     return None if finding.mask is None else key_rows(graph, finding.mask, k)
 
 
+def hides_keys(finding: Finding) -> bool:
+    """Whether `valid_keys` of this finding is something."""
+    if finding.site.segments is not None:
+        return finding.site.segments.padding is not None
+    return finding.mask is not None and finding.mask.keys is not None
+
+
 def input_positions(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[int]:
     """The places of placeholders among a graph's inputs."""
     order = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}

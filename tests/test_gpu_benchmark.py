@@ -71,6 +71,7 @@ def test_the_whole_command(tmp_path):
     assert len(records) == trials
     for record in records:
         assert record["machine"]["commit"] == "abc1234" and record["date"]
+        assert record["requested"] == "auto"
     assert "Kernels against the reference" in done.stdout
 
 

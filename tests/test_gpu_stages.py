@@ -75,11 +75,12 @@ def test_a_stage_goes_on_after_a_crash_or_a_hang(setting, how):
         return workers[-1]
 
     with mock.patch.object(program.subprocess, "Popen", start):
-        results = program._run("check", setting.results, 60.0, [])
+        results = program._run("check", setting.results, 60.0, "auto", [])
     assert [(r["case"], r["status"]) for r in results.records] == [
         ("bad", "failed"),
         ("good", "ok"),
     ]
+    assert results.records[0]["requested"] == "auto"
     assert ("-11" if how == "crash" else "hung") in results.records[0]["error"]
     assert workers[0].killed == (how == "hang")
 

@@ -16,7 +16,7 @@ from same_lists import unlisted
 
 from veda_compile.kernels.call import AttentionCall, Selection
 from veda_compile.kernels.errors import ExecutorError
-from veda_compile.kernels.executors import Traits, choose_executor, executor_name
+from veda_compile.kernels.executors import Traits, choose_executor
 from veda_compile.kernels.hopper import attend as module
 from veda_compile.kernels.hopper import overlap
 from veda_compile.kernels.hopper.executor import HopperExecutor
@@ -335,7 +335,3 @@ def test_only_its_own_generation_of_gpus_will_do() -> None:
             mock.patch.object(torch.cuda, "get_device_capability", lambda c=capability: c),
         ):
             assert HopperExecutor().verify(traits).ok is ok
-
-
-def test_it_is_never_chosen_unasked() -> None:
-    assert executor_name("auto", "cuda") == "triton"

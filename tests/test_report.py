@@ -26,8 +26,8 @@ from veda_compile.report import GraphRecord, ReportStore, SiteRecord
 GRID: Grid = (4, 8, 12)
 SITE_KEYS = {
     "layer", "verdict", "reason", "explanation", "remedy", "layout", "evidence", "grid", "grids",
-    "layers", "density", "tile_shapes", "executor", "score", "fingerprint", "calibration",
-    "predicted_gain", "measured",
+    "layers", "density", "tile_shapes", "executor", "executor_reason", "score", "fingerprint",
+    "calibration", "predicted_gain", "measured",
 }  # fmt: skip
 
 

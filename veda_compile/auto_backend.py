@@ -170,7 +170,7 @@ def auto_bound(
     def used(asked: Asked, grids: Grids, chosen: Plan) -> None:
         asked.calibration.note(record)
         if not asked.calibration.calibrating:
-            note_use(record, asked.layer, grids, chosen)
+            note_use(record, asked.layer, grids, chosen, asked.planner.executor(finding, chosen))
 
     order = None if inputs.order is None else inputs.order.order
     device = torch.device(dims.device)

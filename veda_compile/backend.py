@@ -62,7 +62,7 @@ def veda(
     owned = own_copy(gm)
     findings, earlier = analyse_after(gm, owned, example_inputs, planner.policy)
     handing = tagger(gm, example_inputs)
-    record = graph_record(gm, findings, planner, chosen)
+    record = graph_record(gm, findings, planner)
     if uncalibrated and chosen.density != 1.0:  # which needs no calibration
         for site in record.sites:
             site.calibration = State.GIVEN_UP.value if site.rewritten else None
@@ -251,8 +251,9 @@ def _bound(
 
     def used(mark: str | None, grids: Grids, chosen: Plan) -> None:
         card = planner.card_by_fingerprint(mark, layer.name) if by_mark else named
-        for _, record in members:
-            note_use(record, card.name if card else None, grids, chosen)
+        for member, record in members:
+            runs_on = planner.executor(member, chosen)
+            note_use(record, card.name if card else None, grids, chosen, runs_on)
 
     mark = LayerMark([place for _, place in layer.parameters]) if by_mark else None
     device = torch.device(dims.device)

@@ -61,7 +61,7 @@ def explain(
         found, _ = analyse_after(gm, own_copy(gm), example_inputs, lambda: _policy(planner, device))
         findings = [_on_device(finding, device) for finding in found]
         handing = tagger(gm, example_inputs)
-        record = graph_record(gm, findings, planner, chosen)
+        record = graph_record(gm, findings, planner)
         _, observe = watch_graph(gm, example_inputs, findings, record, False)
         for finding, site in zip(findings, record.sites, strict=True):
             _note_plan(finding, site, planner)
@@ -110,7 +110,8 @@ def _note_plan(finding: Finding, site: SiteRecord, planner: Planner) -> None:
     grids = tuple(run.grid for run in finding.layout.videos if run.grid is not None)
     card = planner.card_by_name(site.layer)
     name = None if card is None else card.name
-    note_use(site, name, grids, planner.plan(name, finding.dims.heads, grids))
+    plan = planner.plan(name, finding.dims.heads, grids)
+    note_use(site, name, grids, plan, planner.executor(finding, plan))
 
 
 def _blank_results(gm: fx.GraphModule) -> list[Any]:

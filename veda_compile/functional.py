@@ -82,8 +82,8 @@ def sparse_attention(
             ranks tiles.
         scale: factor on the logits; None is 1 / sqrt(D).
         key_valid: (B, Nk) bool on q's device, False for keys that nobody attends to; None for all.
-        executor: "auto" ("cpu" on CPU, "triton" elsewhere), "reference", "cpu", "triton" or
-            "hopper".
+        executor: "auto" ("cpu" on CPU, "triton" elsewhere, or "hopper" where that was measured
+            faster), "reference", "cpu", "triton" or "hopper".
         keep_all: () bool on q's device: True makes this call exact, as density 1.0 would. A GPU
             decides it without the host.
         return_lse: also return the log-sum-exp of each query's kept logits.

@@ -9,11 +9,10 @@ from torch import fx
 
 from .errors import StrictError
 from .kernels.budget import kept_density
-from .kernels.executors import executor_name
+from .kernels.executors import Choice
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan
 from .kernels.static_modes import mode_density
-from .options import Options
 from .passes.analyse import Finding
 from .passes.reasons import Reason
 from .planner import Planner
@@ -23,18 +22,16 @@ from .told import Grids
 _unnamed = count()
 
 
-def graph_record(
-    gm: fx.GraphModule, findings: Sequence[Finding], planner: Planner, options: Options
-) -> GraphRecord:
+def graph_record(gm: fx.GraphModule, findings: Sequence[Finding], planner: Planner) -> GraphRecord:
     """What the report is to hold of a graph with these findings; not yet in the report."""
     return GraphRecord(
         _compile_id(gm),
-        [_site_record(finding, planner, options) for finding in findings],
+        [_site_record(finding, planner) for finding in findings],
         findings[0].unknown if findings else (),
     )
 
 
-def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRecord:
+def _site_record(finding: Finding, planner: Planner) -> SiteRecord:
     refusal, layout = finding.refusal, finding.layout
     video = max(layout.videos, key=lambda run: run.length) if layout is not None else None
     record = SiteRecord(
@@ -54,13 +51,16 @@ def _site_record(finding: Finding, planner: Planner, options: Options) -> SiteRe
         record.layout = " + ".join([*before, *runs, *after])
         record.evidence = layout.evidence.value
     if refusal is None and finding.dims is not None:
-        record.executor = executor_name(options.executor, finding.dims.device)
+        _note_executor(record, planner.executor(finding))
         record.score = planner.score
     return record
 
 
-def note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) -> None:
+def note_use(
+    record: SiteRecord, layer: str | None, grids: Grids, plan: Plan, executor: Choice
+) -> None:
     """Keep the report true to what runs: grids, layers, shapes and densities met so far."""
+    _note_executor(record, executor)
     for grid in grids:
         if grid not in record.grids:
             record.grids.append(grid)
@@ -78,6 +78,10 @@ def note_use(record: SiteRecord, layer: str | None, grids: Grids, plan: Plan) ->
         else:
             kept.append(mode_density(layout, shape, mode))
     record.density = sum(kept) / len(kept)
+
+
+def _note_executor(record: SiteRecord, executor: Choice) -> None:
+    record.executor, record.executor_reason = executor.name, executor.reason or None
 
 
 def require_sparse(record: GraphRecord) -> None:

@@ -47,7 +47,7 @@ class ObservingBackend:
         owned = own_copy(gm)
         findings, earlier = analyse_after(gm, owned, example_inputs, planner.policy)
         handing = tagger(gm, example_inputs)
-        record = graph_record(gm, findings, planner, self._options)
+        record = graph_record(gm, findings, planner)
         if self._options.strict:
             require_sparse(record)
         self._seen.note_left(record.sites)

@@ -45,8 +45,8 @@ class Options:
         `DEFAULT_DENSITY` without one.
     tile_size: 64 or 128 tokens per tile; None is the sidecar's, or `tile_size_for`.
     score: "closed_form", "mean" or "auto" (the sidecar's, or "closed_form" without one).
-    executor: "reference", "cpu", "triton", "hopper" or "auto" (by device, never "hopper"); a named
-        one never falls back.
+    executor: "reference", "cpu", "triton", "hopper" or "auto" (by device, and by what was
+        measured on it); a named one never falls back.
     dense_layers: names or indices (from 0) of the attention layers that stay dense.
     dense_timesteps: share of the noise schedule, from its noisy end, at which attention stays
         exact: 0.3 is timesteps from 700 of 1000 on. It needs the timestep in the compiled graph

@@ -13,10 +13,11 @@ from .errors import OptionsError, SidecarError
 from .grids import total_tokens
 from .kernels.break_even import break_even_tokens
 from .kernels.cost_model import Forecast, forecast, work_of
-from .kernels.executors import Answer, Traits, choose_executor, executor_name, get_executor
+from .kernels.executors import Answer, Choice, Traits, choose_executor, default_name, get_executor
 from .kernels.layout import Layout, Video
 from .kernels.plan import Plan, least_padding_shape
 from .options import AUTO, DEFAULT_DENSITY, Options, tile_size_for
+from .passes.analyse import Finding
 from .passes.given import Given
 from .passes.layers import Layer
 from .passes.layout import SiteLayout
@@ -26,6 +27,7 @@ from .passes.verdict import Dimensions, Policy
 from .searched_modes import MOST_COLUMNS
 from .sidecar import LayerCard, Sidecar
 from .sidecar_weights import factors_of_rank
+from .site_executor import site_executor
 from .told import Grids, running_call
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,15 @@ class Planner:
         if self._options.executor != "auto":
             choose_executor(self._options.executor, traits)  # a named executor never gives way
             return Answer(True, "")
-        return get_executor(executor_name("auto", device)).verify(traits)
+        return get_executor(default_name("auto", device)).verify(traits)
+
+    def executor(self, finding: Finding, plan: Plan | None = None) -> Choice:
+        """What the calls of a rewritten site run on, under `plan` or the one it is to get."""
+        assert finding.layout is not None
+        size = self._tile_size(total_tokens(finding.layout.grids))
+        return site_executor(
+            self._options.executor, finding, size if plan is None else plan.tile_size
+        )
 
     def _forecast(self, layer: Layer, dims: Dimensions, layout: SiteLayout) -> Forecast | None:
         """What to expect of a site with its plan, or with the mean of those it may get."""
@@ -132,7 +142,7 @@ class Planner:
             tiles=sum(work.tiles for work in works) / len(works),
             kept=sum(work.kept for work in works) / len(works),
         )
-        executor = executor_name(self._options.executor, dims.device)
+        executor = default_name(self._options.executor, dims.device)
         return forecast(work, dims.device, dims.dtype, executor)
 
     def _plans_for(self, layer: Layer, dims: Dimensions, grids: Grids) -> list[Plan]:

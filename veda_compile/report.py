@@ -26,6 +26,7 @@ class SiteRecord:
     remedy: what the user can change where it stays dense. grid: of the last new call; grids: all
     seen. density: share of tile pairs really kept, mean over heads. tile_shapes: the shapes in
     use, most heads first. calibration: how far option `sidecar="auto"` is; None without it.
+    executor_reason: why calls do not run on the executor that was measured faster, where one was.
     predicted_gain: dense over sparse time of the call as the cost model expects it, None where it
     was not asked. measured: whether its costs were measured on such a device; else it is a guess.
     """
@@ -43,6 +44,7 @@ class SiteRecord:
     density: float | None = None
     tile_shapes: list[tuple[int, int, int]] = field(default_factory=list)
     executor: str | None = None
+    executor_reason: str | None = None
     score: str | None = None
     fingerprint: str | None = None
     calibration: str | None = None
@@ -75,6 +77,7 @@ class SiteRecord:
             "density": self.density,
             "tile_shapes": list(self.tile_shapes),
             "executor": self.executor,
+            "executor_reason": self.executor_reason,
             "score": self.score,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,

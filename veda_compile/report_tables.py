@@ -52,6 +52,12 @@ def renderable(report: Report) -> RenderableType:
     gains = [site.measured for site in report.sites if site.predicted_gain is not None]
     if gains:
         parts.append(_GAINS + ("" if all(gains) else _GUESSED))
+    slower = dict.fromkeys(
+        (site.executor, site.executor_reason) for site in report.sites if site.executor_reason
+    )
+    if slower:
+        told = [(f"{name}: {reason}", None) for name, reason in slower]
+        parts.append(_list("Why not on the executor that was measured faster:", told))
     unknown = sorted({name for graph in report.graphs for name in graph.unknown})
     if unknown and not all(site.harmless for site in report.sites):
         parts.append(Text(f"Operations the analysis could not follow: {', '.join(unknown)}"))

@@ -65,8 +65,8 @@ def main(
     for i, name in enumerate(names):
         shares = [STAGES[later].share for later in names[i:]]
         seconds = (end - time.monotonic()) * shares[0] / sum(shares)
-        options = ["--device", device, "--executor", executor, "--seed", str(seed)]
-        results = _run(name, results, seconds, options + ["--smoke"] * smoke)
+        options = ["--device", device, "--seed", str(seed), *["--smoke"] * smoke]
+        results = _run(name, results, seconds, executor, options)
         for table in tables(name, list(results.of(name))):
             _print(console, table)
     _print(console, bars_table(results.records))
@@ -90,24 +90,26 @@ def _path(folder: Path, about: dict[str, Any]) -> Path:
     return folder / f"{name}-{when}-{about['commit']}.json"
 
 
-def _run(name: str, results: Results, seconds: float, options: list[str]) -> Results:
+def _run(name: str, results: Results, seconds: float, executor: str, options: list[str]) -> Results:
     """Run a stage to its end, in as many processes as its crashes need. Returns the results."""
     end = time.monotonic() + seconds
     for _ in range(_STARTS):
         left = end - time.monotonic()
         command = [sys.executable, "-m", "benchmarks.gpu.worker", name, str(results.path)]
         worker = subprocess.Popen(
-            [*command, "--seconds", f"{max(left, 0.0):.1f}", *options], cwd=_ROOT
+            [*command, "--seconds", f"{max(left, 0.0):.1f}", "--executor", executor, *options],
+            cwd=_ROOT,
         )
         why = _watch(worker, results.path, end + _GRACE, STAGES[name].stall)
         status = worker.wait()
         results = Results.load(results.path)
         if results.running is not None:
             why = why or f"the process ended with {status}"
-            results.add(*results.running, "failed", {"error": why})
+            results.add(*results.running, "failed", {"error": why, "requested": executor})
         if status == 0 or time.monotonic() >= end:
             return results
-    results.add(name, "the rest", "failed", {"error": f"{_STARTS} processes ended early"})
+    why = f"{_STARTS} processes ended early"
+    results.add(name, "the rest", "failed", {"error": why, "requested": executor})
     return results
 
 

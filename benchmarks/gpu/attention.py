@@ -37,7 +37,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def jobs(setting: Setting) -> Iterator[Job]:
     """By size: the dense baselines, then each density of ours.
 
-    Last come the executors that "auto" does not choose, beside the one it does.
+    Last come two executors beside each other, for `kernels/kernel_tables.py`.
     """
     for size in SMOKE_SIZES if setting.smoke else SIZES:
         torch._dynamo.reset()  # or FlexAttention's compilations would reach the recompile limit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.results import Results
-from veda_compile.kernels.executors import executor_name
+from veda_compile.kernels.executors import default_name
 
 
 class SkippedError(RuntimeError):
@@ -32,8 +32,8 @@ class Setting:
 
     @property
     def executor_name(self) -> str:
-        """The executor that "auto" stands for here."""
-        return executor_name(self.executor, self.device)
+        """The executor that "auto" stands for here, measurements aside."""
+        return default_name(self.executor, self.device)
 
     @property
     def seconds_left(self) -> float:

@@ -33,7 +33,8 @@ def work(stage: Stage, setting: Setting) -> int:
         if any(record["case"] == job.case for record in results.of(stage.name)):
             continue
         if setting.seconds_left < job.seconds:
-            results.add(stage.name, job.case, "skipped", {"error": "no time left"})
+            skipped = {"error": "no time left", "requested": setting.executor}
+            results.add(stage.name, job.case, "skipped", skipped)
             continue
         results.begin(stage.name, job.case)
         began = time.monotonic()
@@ -45,7 +46,8 @@ def work(stage: Stage, setting: Setting) -> int:
             found, status = {"error": _one_line(error)}, "failed"
             _log.error("%s: %s\n%s", stage.name, job.case, traceback.format_exc())
         seconds = time.monotonic() - began
-        results.add(stage.name, job.case, status, {**found, "seconds": round(seconds, 1)})
+        asked = {"requested": setting.executor, "seconds": round(seconds, 1)}
+        results.add(stage.name, job.case, status, found | asked)
         _log.info("%s: %s: %s in %.1f s", stage.name, job.case, status, seconds)
         if not _usable(setting.device):  # after a case that went well too: part of it may not have
             return CONTEXT_LOST

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 
 from ..call import DTYPES, AttentionCall, Selection
-from ..executors import YES, Answer, Traits
+from ..executors import YES, Answer, Traits, on_device
 from .attend import attend
 from .configs import HEAD_DIMS, TILE_SIZES
 from .place import place
@@ -57,7 +55,7 @@ class TritonExecutor:
             torch.empty((*sizes, lists.width), dtype=torch.int32, device=device),
             torch.empty(sizes, dtype=torch.int32, device=device),
         )
-        with _on(device):
+        with on_device(device):
             keys = key_rows(tables, call.key_valid)
             select_scored(call, tables, keys, lists, selection)
             if lists.static is not None:
@@ -70,10 +68,5 @@ class TritonExecutor:
         """Exact softmax over the kept tokens. A row without any key gives 0 and LSE -inf."""
         tables = layer_tables(call.layout, call.plan.tile_shapes, call.q.device)
         keys = key_rows(tables, call.key_valid)
-        with _on(call.q.device):
+        with on_device(call.q.device):
             return attend(call, selection, tables, keys)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current GPU, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

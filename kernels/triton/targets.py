@@ -17,12 +17,11 @@ import triton
 import triton.language as tl
 
 from ..call import AttentionCall
-from ..executors import Traits, choose_executor
+from ..executors import Traits, choose_executor, on_device
 from ..plan import TileShape
 from ..targets import TileTargets, as_targets, check_lse, check_sample, group_of
 from ..tiles import tile_table
 from .configs import AttendConfig
-from .executor import _on
 from .tables import KeyRows, LayerTables, key_rows, layer_tables
 
 
@@ -204,7 +203,7 @@ def tile_targets(
     tables = layer_tables(call.layout, (shape,), device)
     keys = key_rows(tables, call.key_valid)
     sample = query_tiles.to(device, torch.int32).contiguous()
-    with _on(device):
+    with on_device(device):
         total, highest = _pooled(call, sample, _numbers(tuple(heads), device), lse, tables, keys)
     return as_targets(total.sum(3), highest.amax(3), table, sample.long())
 
