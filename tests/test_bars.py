@@ -89,7 +89,7 @@ def test_hoppers_kernel_is_set_beside_the_portable_one_on_equal_calls():
 def test_two_executors_in_one_case_count_too():
     record = {
         "stage": "attention", "status": "ok", "size": "a", "density": 0.1, "tile": (4, 4, 8),
-        "hopper": timing(10.0), "triton": timing(12.0), "speedup": 1.2,
+        "hopper": timing(10.0), "triton": timing(12.0), "speedup": 1.2, "shapes": 1,
     }  # fmt: skip
     (told,) = [told for name, told in rows(record).items() if "Hopper" in name]
     assert told[1].startswith("1.20x") and told[2] == "**missed**"

@@ -146,9 +146,14 @@ class Layer:
             found |= {"kernels": kernels, "steps": steps(kernels)}
         return found
 
-    def beside(self, name: str, other: str, density: float) -> dict[str, Any]:
-        """The attention of two executors in turn, on the lists of the second."""
-        call = self.call(density)
+    def beside(
+        self, name: str, other: str, density: float, plan: Plan | None = None
+    ) -> dict[str, Any]:
+        """The attention of two executors in turn, on the lists of the second.
+
+        plan: in place of one shape for all heads.
+        """
+        call = self.call(density, plan)
         try:
             executors = [self.executor(call, named) for named in (name, other)]
         except ExecutorError as reason:
@@ -163,6 +168,7 @@ class Layer:
         return self.about() | {
             "density": density,
             "tile": call.plan.tile_shapes[0],
+            "shapes": len(call.plan.groups()),
             "errors": errors,
             name: self.rated(first, pairs),
             other: self.rated(second, pairs),

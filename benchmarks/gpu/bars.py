@@ -169,6 +169,8 @@ def _against_portable(records: Sequence[Record]) -> Values:
             key = (record["size"], record["density"], _tile_size(record))
             times.setdefault(key, {})[record["executor"]] = record["attend"]["median"]
     for record in ok(records, "hopper"):  # both in one case, taking turns
+        if record["shapes"] != 1:
+            continue
         key = (record["size"], record["density"], _tile_size(record))
         times[key] = {name: record[name]["median"] for name in ("hopper", "triton")}
     return {

@@ -35,6 +35,7 @@ def jobs(setting: Setting) -> Iterator[Job]:
             partial(layer.sparse, density, plan),
             10.0,
         )
+        yield _beside(layer, f"{size.name}, density {density}, tiles of 64", density, plan)
     for density in MIXED_DENSITIES:
         shapes = mixed_shapes(size.heads, 64 if setting.smoke else 128)
         plan = Plan(shapes, (density,) * size.heads)
@@ -43,10 +44,17 @@ def jobs(setting: Setting) -> Iterator[Job]:
             partial(layer.sparse, density, plan),
             10.0,
         )
+        yield _beside(layer, f"{size.name}, density {density}, eight tile shapes", density, plan)
     del layer
     forget_tensors(setting.device)
     if not setting.smoke:
         yield Job(f"{LONG.name}, density 0.1: memory", partial(_fresh_memory, setting, LONG), 10.0)
+
+
+def _beside(layer: Layer, named: str, density: float, plan: Plan) -> Job:
+    """As in the stage "attention", for `kernels/kernel_tables.py`."""
+    work = partial(layer.beside, "hopper", "triton", density, plan)
+    return Job(f"{named}: hopper beside triton", work, 5.0)
 
 
 def _fresh_memory(setting: Setting, size: Size) -> dict[str, Any]:
