@@ -11,59 +11,28 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from gluon_in_numpy import Launcher
-from gluon_memory import Fault
+from hopper_calls import (  # noqa: F401
+    CUBE,
+    MIXED,
+    RAGGED,
+    REFERENCE,
+    ROW,
+    TEXT,
+    WHOLE,
+    assert_right,
+    make_call,
+    padded,
+    poisoned_memory,
+)
 from same_lists import unlisted
 
-from veda_compile.kernels.call import AttentionCall, Selection
+from veda_compile.kernels.call import Selection
 from veda_compile.kernels.errors import ExecutorError
 from veda_compile.kernels.executors import Traits, choose_executor
-from veda_compile.kernels.hopper import attend as module
 from veda_compile.kernels.hopper import overlap
 from veda_compile.kernels.hopper.executor import HopperExecutor
 from veda_compile.kernels.hopper.views import refusal
-from veda_compile.kernels.layout import Context, Extra, Layout, Video
-from veda_compile.kernels.plan import Plan
-from veda_compile.kernels.reference import ReferenceExecutor
-
-REFERENCE = ReferenceExecutor()
-TOLERANCE = 3e-3
-RAGGED = Layout.of(Video(3, 6, 13))
-TEXT = Layout.of(Extra(70), Video(3, 6, 13), Extra(130))
-MIXED = Layout.of(Context(5), Extra(3), Video(3, 6, 13), Extra(4), Context(150))
-WHOLE = Layout.of(Video(4, 8, 8))
-CUBE = {64: (4, 4, 4), 128: (4, 4, 8)}
-ROW = {64: (1, 4, 16), 128: (1, 8, 16)}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN: what is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def tensor(heads: int, tokens: int, head_dim: int, batch: int, by_head: bool, seed: int):
-    """(B, H, N, D) normal float16, in memory of NaN: (B, N, H, D) unless `by_head`."""
-    normal = torch.randn(
-        batch, heads, tokens, head_dim, generator=torch.Generator().manual_seed(seed)
-    )
-    if by_head:
-        return normal.half()
-    buffer = torch.full((batch + 2, tokens + 3, heads + 1, head_dim + 16), torch.nan).half()
-    view = buffer[1:-1, 2:-1, :heads, 8:-8].transpose(1, 2)
-    return view.copy_(normal)
-
-
-def make_call(
-    layout: Layout, head_dim=64, tile=128, density=(0.5, 0.7), kv_heads=2, batch=1, by_head=False,
-    shapes=None,
-) -> AttentionCall:  # fmt: skip
-    heads = len(density)
-    q = tensor(heads, layout.query_length, head_dim, batch, by_head, 0)
-    k, v = (tensor(kv_heads, layout.length, head_dim, batch, by_head, seed) for seed in (1, 2))
-    plan = Plan(shapes or (CUBE[tile],) * heads, density)
-    return AttentionCall(q, k, v, layout, plan, 0.15)
+from veda_compile.kernels.layout import Layout, Video
 
 
 def unequal(selection: Selection) -> Selection:
@@ -73,22 +42,6 @@ def unequal(selection: Selection) -> Selection:
     counts = torch.minimum(selection.counts, rows % (width + 1))
     past = torch.arange(width) >= counts[..., None]
     return Selection(selection.indices.masked_fill(past, torch.iinfo(torch.int32).max), counts)
-
-
-def assert_right(
-    call: AttentionCall, selection: Selection, launcher: Launcher, stages=None
-) -> None:
-    configs = {k: replace(c, stages=stages or c.stages) for k, c in module.CONFIGS.items()}
-    assert refusal(call) is None
-    with (
-        mock.patch.object(module, "attend_kernel", launcher),
-        mock.patch.object(module, "CONFIGS", configs),
-    ):
-        out, lse = module.attend(call, selection)
-    assert launcher.programs and out.transpose(1, 2).is_contiguous()
-    right, right_lse = REFERENCE.attend(call, selection)
-    torch.testing.assert_close(out, right, rtol=TOLERANCE, atol=TOLERANCE)
-    torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)
 
 
 CALLS = {
@@ -136,18 +89,9 @@ VALID_CALLS = {
 
 @pytest.mark.parametrize("name", VALID_CALLS)
 def test_keys_that_do_not_count(name: str) -> None:
-    """Some here and there, whole boxes of the video and of the text; their logits are NaN."""
-    call = VALID_CALLS[name]()
-    batch, _, keys, _ = call.k.shape
-    valid = torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) < 0.8
-    valid[-1, :40] = False
-    valid[:, -160:] = False
-    hidden = ~valid[:, None, :, None]
-    call.k.masked_fill_(hidden, torch.nan)
-    call.v.masked_fill_(hidden, 1e4)
-    call = replace(call, key_valid=valid)
+    call = padded(VALID_CALLS[name]())
     assert_right(call, unlisted(REFERENCE.select(call), call), Launcher())
-    every = replace(call, key_valid=torch.ones_like(valid), keep_all=None)
+    every = replace(call, key_valid=torch.ones_like(call.key_valid), keep_all=None)
     every.k.nan_to_num_(0.5)
     assert_right(every, REFERENCE.select(every), Launcher())
 
@@ -181,70 +125,6 @@ def test_fused_projections_and_shared_keys_are_read_in_place() -> None:
     assert_right(fused, REFERENCE.select(fused), Launcher())
     shared = replace(call, k=call.k[:, :1].expand_as(call.k), v=call.v[:, :1].expand_as(call.v))
     assert_right(shared, REFERENCE.select(shared), Launcher())
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("stages", [2, 3])
-def test_roles_may_run_in_any_order(seed: int, stages: int) -> None:
-    call = mutation_call()
-    assert_right(call, REFERENCE.select(call), Launcher(1000 * seed), stages)
-
-
-def mutation_call() -> AttentionCall:
-    """More steps than stages, a ragged border, tokens of no grid."""
-    return make_call(Layout.of(Video(5, 8, 17), Extra(20)), density=(0.5,), kv_heads=1)
-
-
-WAIT_FULL = "mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)"
-MUTATIONS = {
-    "keys are not waited for": ("begin_logits", WAIT_FULL, "pass"),
-    "values are not waited for": ("begin_values", WAIT_FULL, "pass"),
-    "the wrong round is waited for": ("begin_values", "(step // STAGES) & 1", "0"),
-    "a stage is filled while in use": (
-        "load_step", "mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)", "pass"),
-    "the parity of free stages": ("load_step", "& 1) ^ 1", "& 1)"),
-    "the bytes expected": ("load_step", "BLOCK_N * D * 2", "BLOCK_N * D * 4"),
-    "values are given back too early": (
-        "attend_rows",
-        "acc = warpgroup_mma_wait(0, deps=[acc])\n"
-        "            mbarrier.arrive(v_free.index((step - 1) % STAGES))",
-        "mbarrier.arrive(v_free.index((step - 1) % STAGES))\n"
-        "            acc = warpgroup_mma_wait(0, deps=[acc])"),
-    "logits are used too early": ("attend_rows", "wait(1, deps", "wait(2, deps"),
-    "values are never given back": (
-        "attend_rows", "mbarrier.arrive(v_free.index((step - 1) % STAGES))", "pass"),
-    "the turns' parity": ("attend_rows", "(step ^ group) & 1", "step & 1"),
-    "the turn is kept": ("attend_rows", "mbarrier.arrive(turns.index(1 - group))", "pass"),
-    "no fence": ("attend_rows", "fence_async_shared()", "pass"),
-    "the output is not waited for": ("attend_rows", "wait_for_stores(0)", "pass"),
-    "the last values are not waited for": (
-        "attend_rows", "wait(0, deps=[acc])\n\n", "wait(1, deps=[acc])\n\n"),
-    "no decay of the sum": ("attend_rows", "total * decay", "total"),
-    "the place of a tile": ("corner", "(line % tiles_h) * BOX[1]", "(line % tiles_h) * BOX[1] + 1"),
-    "the second group's share": ("share_of", "group * (BOX[0] - SHARE[0])", "group * BOX[0]"),
-    "a border column too many": ("hide_absent", "column % BOX[2] <", "column % BOX[2] <="),
-    "a text key too many": ("hide_absent", "there = column <", "there = column <="),
-    "an entry past the list": ("box_at", "mask=(step < listed)", "mask=(step <= listed)"),
-    "text is loaded a box late": (
-        "load_step", "(run - before_steps) *", "(run - before_steps + 1) *"),
-    "no fence after the barriers": (
-        "attend_kernel", "fence_async_shared()", "pass"),
-    "the barriers' count": (
-        "attend_kernel", "k_free.index(stage), GROUPS)", "k_free.index(stage), 1)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_faults_are_caught(name: str) -> None:
-    function, old, new = MUTATIONS[name]
-    call = mutation_call()
-    selection = REFERENCE.select(call)
-    past = torch.arange(selection.indices.shape[-1]) >= selection.counts[..., None]
-    selection.indices.masked_fill_(past, torch.iinfo(torch.int32).max)
-    launcher = Launcher(edits={function: (old, new)})
-    with pytest.raises(AssertionError):  # a Fault, or other numbers
-        assert_right(call, selection, launcher, stages=2)
-    assert issubclass(Fault, AssertionError)
 
 
 def test_launches_run_side_by_side_and_everything_else_waits() -> None:
