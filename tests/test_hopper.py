@@ -52,6 +52,10 @@ CALLS = {
     "text, two shapes, batch 2": lambda: make_call(TEXT, batch=2, shapes=(CUBE[128], ROW[128])),
     "text, two shapes, 64": lambda: make_call(TEXT, 128, 64, shapes=(CUBE[64], ROW[64])),
     "context": lambda: make_call(MIXED, batch=2),
+    "96 channels": lambda: make_call(TEXT, 96, batch=2, shapes=(CUBE[128], ROW[128])),
+    "96 channels, tiles of 64, heads apart": lambda: make_call(
+        RAGGED, 96, 64, batch=2, by_head=True, kv_heads=1
+    ),
     "heads apart": lambda: make_call(TEXT, batch=2, by_head=True),
     "GQA": lambda: make_call(TEXT, tile=64, density=(0.2, 0.4, 0.6, 1.0), batch=2),
     "GQA, heads apart": lambda: make_call(RAGGED, density=(0.2, 0.4), kv_heads=1, by_head=True),
@@ -81,6 +85,7 @@ VALID_CALLS = {
     "whole tiles": lambda: make_call(WHOLE, tile=64),
     "text": lambda: make_call(TEXT, batch=2, shapes=(CUBE[128], ROW[128])),
     "context": lambda: make_call(MIXED, 128, 64, batch=2, density=(0.4, 1.0)),
+    "96 channels": lambda: make_call(TEXT, 96, batch=2, kv_heads=1),
     "heads apart, keep all": lambda: replace(
         make_call(TEXT, 64, 64, batch=2, by_head=True), keep_all=torch.tensor(True)
     ),
@@ -117,9 +122,10 @@ def test_rows_that_keep_everything_need_no_list() -> None:
     assert_right(call, Selection(nothing, everything.counts), Launcher())
 
 
-def test_fused_projections_and_shared_keys_are_read_in_place() -> None:
-    call = make_call(RAGGED)
-    both = torch.randn(1, RAGGED.length, 3, 2, 64).half()
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_fused_projections_and_shared_keys_are_read_in_place(head_dim: int) -> None:
+    call = make_call(RAGGED, head_dim)
+    both = torch.randn(1, RAGGED.length, 3, 2, head_dim).half()
     q, k, v = both.unbind(2)
     fused = replace(call, q=q.transpose(1, 2), k=k.transpose(1, 2), v=v.transpose(1, 2))
     assert_right(fused, REFERENCE.select(fused), Launcher())
@@ -194,7 +200,7 @@ def test_what_it_cannot_run_is_refused_by_name(reason: str) -> None:
     [
         (Traits("cpu", torch.float16, 128, 128), "device cpu is not cuda"),
         (Traits("cuda", torch.float32, 128, 128), "dtype torch.float32"),
-        (Traits("cuda", torch.float16, 96, 128), "96/128 is not one of 64/64, 64/128"),
+        (Traits("cuda", torch.float16, 32, 128), "32/128 is not one of 64/64, 64/128"),
         (Traits("cuda", torch.float16, 128, 32), "128/32 is not one of"),
     ],
 )

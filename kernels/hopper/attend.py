@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -15,7 +15,7 @@ from ..triton.tables import valid_rows
 from .descriptors import box_contents, box_rows, grid_boxes, run_boxes
 from .kernel import attend_kernel
 from .overlap import side_by_side
-from .views import HeadView, Runs, head_view, runs_of
+from .views import HeadView, Runs, head_view, one_by_one, padded_width, runs_of
 
 ROWS = 64
 """Query rows of one warpgroup."""
@@ -42,6 +42,8 @@ class AttendConfig:
 CONFIGS = {
     (64, 64): AttendConfig(1, 4, 0, 128),
     (64, 128): AttendConfig(2, 4, 232, None),
+    (96, 64): AttendConfig(1, 3, 0, 128),
+    (96, 128): AttendConfig(2, 3, 232, None),
     (128, 64): AttendConfig(1, 3, 0, 128),
     (128, 128): AttendConfig(2, 3, 232, None),
 }
@@ -58,11 +60,30 @@ def attend(call: AttentionCall, selection: Selection) -> tuple[torch.Tensor, tor
     out = empty_output(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     lists = Selection(selection.indices.contiguous(), selection.counts.contiguous())
-    groups = call.plan.groups().items()
     # all made before any runs: what these allocate belongs to the current stream
-    launches = [_launch(call, lists, out, lse, shape, tuple(heads)) for shape, heads in groups]
+    launches = [
+        _launch(*part, shape, tuple(heads))
+        for part in _parts(call, lists, out, lse)
+        for shape, heads in call.plan.groups().items()
+    ]
     side_by_side(q.device, launches)
     return out, lse
+
+
+def _parts(
+    call: AttentionCall, lists: Selection, out: torch.Tensor, lse: torch.Tensor
+) -> list[tuple[AttentionCall, Selection, torch.Tensor, torch.Tensor]]:
+    """All of a call and where its results go, or each batch element of it."""
+    if not one_by_one(call.q.shape[3]):
+        return [(call, lists, out, lse)]
+    parts = []
+    for b in range(call.q.shape[0]):
+        q, k, v = (x[b : b + 1] for x in (call.q, call.k, call.v))
+        valid = None if call.key_valid is None else call.key_valid[b : b + 1]
+        chosen = Selection(lists.indices[b : b + 1], lists.counts[b : b + 1])
+        element = replace(call, q=q, k=k, v=v, key_valid=valid)
+        parts.append((element, chosen, out[b : b + 1], lse[b : b + 1]))
+    return parts
 
 
 def _launch(
@@ -127,7 +148,7 @@ def _launch(
         call.scale * math.log2(math.e),
         BOX=shape,
         SHARE=share,
-        HEAD_DIM=head_dim,
+        HEAD_DIM=padded_width(head_dim),
         GROUPS=config.groups,
         BLOCK_N=keys,
         STAGES=config.stages,
@@ -138,6 +159,7 @@ def _launch(
         Q_FOLDED=q_view.folded,
         K_FOLDED=k_view.folded,
         V_FOLDED=v_view.folded,
+        OUT_FOLDED=out_view.folded,
         REGISTERS=config.registers,
         num_warps=4,
         maxnreg=config.most_registers,

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan import TileShape
-from .views import HeadView, Runs
+from .views import HeadView, Runs, padded_width
 
 SWIZZLE = 128
 """Bytes of channels that are stored together; rows of boxes are swizzled within them."""
@@ -55,7 +55,7 @@ def _descriptor(
         x[:, :, first:],
         [lead, *sides, channels],
         [lead_stride, *strides, 1],
-        [1, *box, head_dim],
+        [1, *box, padded_width(head_dim)],
         gl.NVMMASharedLayout(SWIZZLE, 8 * x.element_size(), rank=len(box) + 2),
     )
 

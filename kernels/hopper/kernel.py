@@ -96,6 +96,7 @@ def attend_kernel(
     Q_FOLDED: gl.constexpr,
     K_FOLDED: gl.constexpr,
     V_FOLDED: gl.constexpr,
+    OUT_FOLDED: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """One program computes GROUPS * 64 query rows of one head: a tile, or tokens of no grid.
@@ -129,7 +130,7 @@ def attend_kernel(
     q_at = place_of(batch, head, heads, q_step, Q_FOLDED)
     k_at = place_of(batch, head // kv_repeat, kv_heads, k_step, K_FOLDED)
     v_at = place_of(batch, head // kv_repeat, kv_heads, v_step, V_FOLDED)
-    out_at = place_of(batch, head, heads, out_step, False)
+    out_at = place_of(batch, head, heads, out_step, OUT_FOLDED)
     grid = (grid_t, grid_h, grid_w)
     across = (tiles_h, tiles_w)
 

@@ -58,12 +58,26 @@ def runs_of(layout: Layout) -> Runs:
     return Runs(video.grid, first, keys[1], *queries)
 
 
+def padded_width(head_dim: int) -> int:
+    """Channels of a box: a power of two. Those past head_dim must lie past the tensor's last."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def one_by_one(head_dim: int) -> bool:
+    """Whether batch elements have to be taken one by one, so that heads may have an axis of their
+    own, on which no head's channels follow another's."""
+    return padded_width(head_dim) != head_dim
+
+
 def head_view(x: torch.Tensor) -> HeadView | None:
     """How boxes of a (B, H, N, D) tensor reach its heads; None where no box can."""
     batch, heads, _, head_dim = x.shape
     batch_step, head_step, token_step, _ = x.stride()
-    if heads == 1 or 0 <= (heads - 1) * head_step + head_dim <= token_step:
-        return HeadView(False, 0 if heads == 1 else head_step)
+    if heads == 1 or head_step == 0:
+        return HeadView(False, 0)
+    within_token = 0 <= (heads - 1) * head_step + head_dim <= token_step
+    if within_token and not one_by_one(head_dim):
+        return HeadView(False, head_step)
     if batch == 1 or batch_step == heads * head_step:
         return HeadView(True, 0)
     return None
@@ -80,7 +94,7 @@ def refusal(call: AttentionCall) -> str | None:
     if not (call.scale > 0.0 and math.isfinite(call.scale)):
         return f"scale {call.scale}: must be above 0 and finite"
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        reason = _unreachable(x)
+        reason = _unreachable(x[:1] if one_by_one(x.shape[3]) else x)
         if reason is not None:
             return f"{name} of shape {tuple(x.shape)} and strides {x.stride()}: {reason}"
     return None
