@@ -56,8 +56,14 @@ def _descriptor(
         [lead, *sides, channels],
         [lead_stride, *strides, 1],
         [1, *box, padded_width(head_dim)],
-        gl.NVMMASharedLayout(SWIZZLE, 8 * x.element_size(), rank=len(box) + 2),
+        _box_layout(8 * x.element_size(), len(box) + 2),
     )
+
+
+@lru_cache(maxsize=16)
+def _box_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    """How boxes lie in shared memory; kept because a launch makes up to twelve of the same."""
+    return gl.NVMMASharedLayout(SWIZZLE, bits, rank=rank)
 
 
 @lru_cache(maxsize=256)

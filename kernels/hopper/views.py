@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -44,8 +45,9 @@ class Runs:
     after_queries: int
 
 
+@lru_cache(maxsize=256)
 def runs_of(layout: Layout) -> Runs:
-    """The parts of a layout with exactly one video segment."""
+    """The parts of a layout with exactly one video segment; cached."""
     ((first, video),) = layout.videos
     keys, queries = [0, 0], [0, 0]
     side = 0
