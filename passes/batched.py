@@ -56,10 +56,13 @@ def batched_in(args: Any) -> Iterator[Batched]:
             yield from batched_in(arg)
 
 
-def each(args: Any, apply: Callable[[Any], Any], below: int | None = None) -> Any:
+def each(
+    args: Any, apply: Callable[[Any], Any], below: int | None = None, most: int = _MOST
+) -> Any:
     """`apply` to arguments without batched tensors: once, or once for every slice of them.
 
-    below: leave tensors alone that are batched at this level or a deeper one.
+    below: leave tensors alone that are batched at this level or a deeper one. Slices of several
+    levels multiply; raises NotImplementedError where that makes more than `most`.
     """
     found = [x for x in batched_in(args) if below is None or x.level < below]
     if not found:
@@ -68,7 +71,12 @@ def each(args: Any, apply: Callable[[Any], Any], below: int | None = None) -> An
     counts = {len(x.slices) for x in found if x.level == level}
     if len(counts) != 1:
         raise NotImplementedError("slices of another vmap")
-    results = [each(_slice(args, level, place), apply, below) for place in range(counts.pop())]
+    count = counts.pop()
+    if count > most:
+        raise NotImplementedError(f"more than {_MOST} slices")
+    results = [
+        each(_slice(args, level, place), apply, below, most // count) for place in range(count)
+    ]
     return _gathered(level, results)
 
 
