@@ -280,27 +280,6 @@ def test_what_is_not_followed_inside_vmap_is_named() -> None:
     assert "sort" in str(veda_compile.report())
 
 
-def pairs_of(count: int) -> Apply:
-    """Looks at every pair of the first `count` tokens, by vmap within vmap."""
-
-    def apply(x: Tensor) -> Tensor:
-        first = x[0, 0, :count, 0].clamp(0.0, 0.0)
-        sums = torch.vmap(lambda i: torch.vmap(lambda j: i + j)(first))(first)
-        return x + sums.sum()
-
-    return apply
-
-
-@pytest.mark.parametrize(("count", "told"), [(60, False), (70, True)])
-def test_slices_of_several_levels_multiply(count: int, told: bool) -> None:
-    """All pairs of a sequence would take its length squared to follow: 4,096 are the most."""
-    fn = compiled(model(pairs_of(count), 1))
-    with torch.no_grad():
-        fn(latents((5, 6, 10)))
-    (graph,) = veda_compile.report().graphs
-    assert ("add (more than 4096 slices)" in graph.unknown) is told
-
-
 def test_other_sizes_of_one_dynamic_graph() -> None:
     fn = compiled(model(rotary_of_heads, 1), density=1.0)
     plain = model(rotary_of_heads, 1)

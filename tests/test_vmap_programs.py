@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from compiling import compiled
 from random_moves import FLATTEN, GRIDDED, SEQUENCE, Step
 from random_programs import Program
 from test_soundness_programs import check
 from torch import Tensor
+from toys import latents, toy
+
+import veda_compile
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -96,3 +102,25 @@ def test_random_programs_with_vmap_are_sparse_on_the_true_grid_or_dense() -> Non
     sites = [site for seed in range(PROGRAMS) for site in check(Mapped(seed))]
     assert sum(site.rewritten for site in sites) > PROGRAMS // 8
     assert sum(not site.rewritten for site in sites) > PROGRAMS // 8
+
+
+def pairs_of(count: int) -> Callable[[Tensor], Tensor]:
+    """Looks at every pair of the first `count` tokens, by vmap within vmap."""
+
+    def apply(x: Tensor) -> Tensor:
+        first = x[0, 0, :count, 0].clamp(0.0, 0.0)
+        sums = torch.vmap(lambda i: torch.vmap(lambda j: i + j)(first))(first)
+        return x + sums.sum()
+
+    return apply
+
+
+@pytest.mark.parametrize(("count", "told"), [(60, False), (70, True)])
+def test_slices_of_several_levels_multiply(count: int, told: bool) -> None:
+    """All pairs of a sequence would take its length squared to follow: 4,096 are the most."""
+    attend, apply = F.scaled_dot_product_attention, pairs_of(count)
+    fn = compiled(toy(lambda q, k, v: attend(apply(q), apply(k), v), 1))
+    with torch.no_grad():
+        fn(latents((5, 6, 10)))
+    (graph,) = veda_compile.report().graphs
+    assert ("add (more than 4096 slices)" in graph.unknown) is told
